@@ -1,0 +1,326 @@
+"""Ports: what the core asks of engines, rewriters, storage and streams.
+
+Every port has a real implementation and a deterministic fake that ships; both pass one contract
+suite. Adapters translate foreign errors into :mod:`mora_serve.errors` before they reach a port.
+
+Who implements what::
+
+    Generator     actors.vllm_engine, mora_serve.fakes      Scorer   actors.heads, mora_serve.fakes
+    Rewriter      mora_serve.rewriting                      Store    mora_serve.store.redis_store
+    BlobStore     mora_serve.store.blobs                    PairStream  mora_serve.store.pair_stream
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from mora_serve.types import (
+    Dimension,
+    Failure,
+    Generation,
+    GenerationRequest,
+    Messages,
+    Score,
+    ScoreGroup,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionDelta:
+    """A piece of a streamed completion; the last one carries ``finish_reason`` and counts."""
+
+    text: str
+    index: int = 0
+    """Which of the ``n`` completions this piece belongs to."""
+    finish_reason: str | None = None
+    num_tokens: int = 0
+    """Completion tokens so far."""
+    num_prompt_tokens: int = 0
+    policy_version: str = ""
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """Samples a policy."""
+
+    async def generate(
+        self, requests: Sequence[GenerationRequest]
+    ) -> list[Generation | Failure]:
+        """One result per request, in order; an item's own fault is a ``Failure`` for it alone.
+
+        Raises :class:`~mora_serve.errors.GenerationError` when the engine as a whole is gone.
+        Cancelling the call frees the generation.
+        """
+        ...
+
+    def stream(self, request: GenerationRequest) -> AsyncIterator[CompletionDelta]:
+        """Deltas of one request. Raises ``InvalidRequestError`` when the request is at fault."""
+        ...
+
+    async def models(self) -> list[str]:
+        """Policy versions that can be sampled, the current one first."""
+        ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Scores answers on one or more dimensions. A score never depends on its batch."""
+
+    async def dimensions(self) -> Mapping[Dimension, tuple[str, str]]:
+        """Dimension -> (model, revision) of what scores it."""
+        ...
+
+    async def score(
+        self, groups: Sequence[ScoreGroup], dimensions: Sequence[Dimension] | None = None
+    ) -> list[list[dict[Dimension, Score]]]:
+        """``result[g][r][dimension]`` for response ``r`` of group ``g``, raw (``value`` is None).
+
+        Faults of single answers are scores whose status is not ``ok``. Raises
+        :class:`~mora_serve.errors.ScoringError` when the scorer as a whole is gone.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RewriteContext:
+    """What a strategy may know when it proposes rewrites of one prompt."""
+
+    prompt: Messages
+    present: tuple[Dimension, ...]
+    """Dimensions the prompt already reaches."""
+    missing: tuple[Dimension, ...]
+    """Dimensions whose intent the rewrite should add."""
+    seed: int
+    """Makes proposals reproducible."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A proposed rewrite, not yet measured."""
+
+    prompt: Messages
+    strategy: str
+    template_hash: str
+    targets: tuple[Dimension, ...]
+    """Dimensions the rewrite is meant to open."""
+    rejected: str | None = None
+    """A reason known before any measurement, for example ``drift``."""
+
+
+@runtime_checkable
+class Rewriter(Protocol):
+    """One rewriting strategy."""
+
+    name: str
+
+    async def propose(self, context: RewriteContext, num_candidates: int) -> list[Candidate]:
+        """At most ``num_candidates`` distinct candidates that keep the original question."""
+        ...
+
+
+# --- storage ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right of one runner to work on one shard until ``expires_at``."""
+
+    batch_id: str
+    shard: int
+    token: int
+    """Fencing token: strictly increasing per shard; a commit with an older one is refused."""
+    worker: str
+    expires_at: float
+    """Unix seconds by the store's clock."""
+    first_line: int
+    """First input line of the shard, from 0."""
+    num_rows: int
+    offset_bytes: int
+    """Where the shard starts in the (decompressed) input file."""
+    num_bytes: int
+    done: frozenset[int] = frozenset()
+    """Input lines of this shard that are already committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowCommit:
+    """Outcome of one input line, committed exactly once."""
+
+    line: int
+    """Input line number, from 0; the key within the batch."""
+    output: bytes | None
+    """Result line (JSON, no newline) for the output file, or ``None``."""
+    error: bytes | None
+    """Result line for the error file, or ``None``. Exactly one of the two is set."""
+    pairs: tuple[bytes, ...] = ()
+    """Preference rows (JSON objects without ``seq``), in order; the store numbers them."""
+    usage: Mapping[str, int] = field(default_factory=dict)
+    """Counters to add to the batch's usage, for example ``{"output_tokens": 512}``."""
+    classes: Mapping[str, int] = field(default_factory=dict)
+    """Class counts to add to the batch's progress, for example ``{"multi": 1}``."""
+
+
+class BatchStore(Protocol):
+    """Files, batches and the ledger. Objects are OpenAI-shaped dicts, keys as in DESIGN section 4.
+
+    Timestamps are Unix seconds. Lists are newest first: ``list_*`` return ``(items, has_more)``,
+    and ``after`` is the id of the last item of the previous page. An unknown id raises
+    :class:`~mora_serve.errors.NotFoundError`.
+    """
+
+    async def ping(self) -> None: ...
+    async def aclose(self) -> None: ...
+
+    # files (metadata; the bytes are in the blob store under ``blob``)
+    async def put_file(self, file: Mapping[str, Any], blob: str) -> None: ...
+    async def get_file(self, file_id: str) -> tuple[dict[str, Any], str]: ...
+    async def list_files(
+        self, *, after: str | None, limit: int, purpose: str | None, order: str = "desc"
+    ) -> tuple[list[dict[str, Any]], bool]: ...
+    async def delete_file(self, file_id: str) -> None: ...
+
+    # batches
+    async def create_batch(
+        self, batch: Mapping[str, Any], options: Mapping[str, Any],
+        idempotency_key: str | None, body_hash: str,
+    ) -> dict[str, Any]:
+        """Store a batch in ``validating``; the same key and hash return the first one again.
+
+        Raises ``ConflictError`` for the same key with another hash.
+        """
+        ...
+
+    async def get_batch(self, batch_id: str) -> dict[str, Any]: ...
+    async def batch_options(self, batch_id: str) -> dict[str, Any]: ...
+    async def list_batches(
+        self, *, after: str | None, limit: int
+    ) -> tuple[list[dict[str, Any]], bool]: ...
+    async def cancel_batch(self, batch_id: str) -> dict[str, Any]:
+        """Ask for cancellation; a finished batch is returned unchanged."""
+        ...
+
+    async def progress(self, batch_id: str) -> dict[str, Any]:
+        """``{"status", "request_counts", "classes", "pairs", "usage", "started_at", "rate"}``."""
+        ...
+
+    async def backlog_rows(self) -> int:
+        """Rows of unfinished batches that are not committed yet (0 when idle)."""
+        ...
+
+    # runner side
+    async def claim_validation(self, worker: str, ttl_s: float) -> dict[str, Any] | None:
+        """A ``validating`` batch that nobody is validating now, or ``None``."""
+        ...
+
+    async def open_batch(
+        self, batch_id: str, shards: Sequence[tuple[int, int, int, int]], total: int
+    ) -> None:
+        """``(first_line, num_rows, offset_bytes, num_bytes)`` per shard; goes ``in_progress``."""
+        ...
+
+    async def fail_batch(
+        self, batch_id: str, code: str, message: str, line: int | None = None
+    ) -> None: ...
+    async def lease_shard(self, worker: str, ttl_s: float) -> Lease | None:
+        """A shard of some running batch, fair between batches; ``None`` when nothing is open."""
+        ...
+
+    async def heartbeat(self, lease: Lease, ttl_s: float) -> bool:
+        """Extend the lease. Returns False when the batch is being cancelled.
+
+        Raises ``LeaseLostError`` when another runner holds the shard."""
+        ...
+
+    async def release(self, lease: Lease) -> None:
+        """Hand an unfinished shard back at once; committed rows stay."""
+        ...
+
+    async def commit_row(self, lease: Lease, row: RowCommit) -> bool:
+        """Atomically record one row with its pairs. False when the row was committed before.
+
+        Raises ``LeaseLostError`` when the lease is no longer ours."""
+        ...
+
+    async def seal_shard(self, lease: Lease) -> None:
+        """Write a complete shard's rows and pairs as immutable parts, then drop its open state."""
+        ...
+
+    async def finalize_ready(self, worker: str, ttl_s: float) -> list[str]:
+        """Finish batches whose shards are all sealed (assemble files, set terminal status)."""
+        ...
+
+
+class PairStream(Protocol):
+    """Ordered preference pairs of one batch: sealed parts first, then the live tail."""
+
+    async def read(self, batch_id: str, after: int = -1, limit: int = 256) -> list[dict[str, Any]]:
+        """Pairs with ``seq > after`` in ascending order, at most ``limit``; [] when none yet."""
+        ...
+
+    async def is_finished(self, batch_id: str) -> bool:
+        """True when no further pair can appear."""
+        ...
+
+    def follow(self, batch_id: str, after: int = -1) -> AsyncIterator[dict[str, Any]]:
+        """All pairs after ``after``, waiting for new ones until the batch is finished."""
+        ...
+
+    async def register_reader(self, batch_id: str, reader: str, position: int) -> None:
+        """The tail is trimmed only behind every registered reader's position."""
+        ...
+
+    async def unregister_reader(self, batch_id: str, reader: str) -> None: ...
+
+
+class JobStore(Protocol):
+    """Fine-tuning jobs, their events and checkpoints, and policy versions."""
+
+    async def create_job(self, job: Mapping[str, Any]) -> dict[str, Any]: ...
+    async def get_job(self, job_id: str) -> dict[str, Any]: ...
+    async def update_job(self, job_id: str, **fields: Any) -> dict[str, Any]: ...
+    async def list_jobs(
+        self, *, after: str | None, limit: int
+    ) -> tuple[list[dict[str, Any]], bool]: ...
+    async def cancel_job(self, job_id: str) -> dict[str, Any]: ...
+    async def claim_job(self, worker: str, ttl_s: float) -> dict[str, Any] | None:
+        """A queued (or orphaned running) job for this launcher, or ``None``."""
+        ...
+
+    async def heartbeat_job(self, job_id: str, worker: str, ttl_s: float) -> bool: ...
+    async def add_event(self, job_id: str, event: Mapping[str, Any]) -> None: ...
+    async def list_events(
+        self, job_id: str, *, after: str | None, limit: int
+    ) -> tuple[list[dict[str, Any]], bool]: ...
+    async def add_checkpoint(self, job_id: str, checkpoint: Mapping[str, Any]) -> None: ...
+    async def list_checkpoints(
+        self, job_id: str, *, after: str | None, limit: int
+    ) -> tuple[list[dict[str, Any]], bool]: ...
+
+    async def publish_policy(self, version: Mapping[str, Any], *, make_current: bool) -> None:
+        """``{"id", "created", "kind": "base|lora|merged", "uri", "parent", "job_id"}``."""
+        ...
+
+    async def list_policies(self) -> list[dict[str, Any]]: ...
+    async def current_policy(self) -> tuple[str, int]:
+        """``(version id, epoch)``; the epoch grows by one with every change."""
+        ...
+
+    async def set_current_policy(self, version_id: str) -> int: ...
+
+
+class BlobStore(Protocol):
+    """Immutable blobs by key under one root (fsspec). Writes are atomic: all or nothing."""
+
+    async def put(self, key: str, chunks: AsyncIterator[bytes] | bytes) -> int: ...
+    def open_read(
+        self, key: str, start: int = 0, length: int | None = None
+    ) -> AsyncIterator[bytes]: ...
+    async def concat(self, key: str, parts: Sequence[str]) -> int: ...
+    async def size(self, key: str) -> int: ...
+    async def exists(self, key: str) -> bool: ...
+    async def delete(self, key: str) -> None: ...
+    def local_path(self, key: str) -> str | None:
+        """A filesystem path for the blob when the store is local, else ``None``."""
+        ...
