@@ -4,10 +4,10 @@ They pass the same contract suite as the real ones and serve load, failure and c
 seeds give equal bytes, in any process. Text is drawn from a small vocabulary by hashing; a reward
 is ``offset_k + scale_k * (mu_xk + sigma * noise)`` with::
 
-    mu_xk   hidden mean of the prompt's question, N(0, TAU^2) by its hash, plus INTENT_GAIN for every
-            dimension whose intent the prompt states outside its question
-    noise   N(0, 1) by the hash of prompt and answer; in one prompt of five the second dimension's
-            noise opposes the first one's
+    mu_xk   hidden mean of the prompt's question, N(0, TAU^2) by its hash, plus INTENT_GAIN for
+            every dimension whose intent the prompt states outside its question
+    noise   N(0, 1) by the hash of prompt and answer; in one prompt of five that of harmless
+            opposes that of helpful
 
 so that classes of every kind, accepted and rejected rewrites and conflicts all occur. A token is a
 word. The hot path is plain Python (no numpy): tens of thousands of rollouts a second.
@@ -55,12 +55,13 @@ _CUES: Mapping[str, tuple[str, ...]] = {
     "harmless": ("harmless", "safe", "risk", "harm"),
     "truthful": ("truthful", "accurate", "fact", "evidence"),
 }
-_WORDS = (
+_TEXT = (
     "we can see that many people often find a clear answer when they look at small things first "
     "and then move on to larger ones because each part helps the next one make sense over time "
     "while others prefer to ask questions early so their plans stay simple honest useful and easy "
     "to follow in daily work"
-).split()
+)
+_WORDS = _TEXT.split()
 _NORMAL = NormalDist()
 
 
