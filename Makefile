@@ -1,0 +1,59 @@
+# Every target sets up .venv first if it has to; `make` alone lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+TEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+.PHONY: help
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+.PHONY: setup
+setup:  ## Create .venv from the lock file (does nothing when it is current)
+	@scripts/setup.sh
+
+.PHONY: demo
+demo: setup  ## Run the whole method on real prompts with a real language model
+	@$(PY) -m mora_serve demo $(DEMO_ARGS)
+
+.PHONY: test
+test: lint  ## Lint, then every test: real Redis, real Ray and real vLLM among them
+	$(PY) -m pytest $(TEST_ARGS)
+
+.PHONY: test-unit
+test-unit: setup  ## Only the tests that start no Ray and no vLLM
+	$(PY) -m pytest -m "not ray and not vllm and not slow" $(TEST_ARGS)
+
+.PHONY: lint
+lint: setup  ## ruff, mypy --strict, import layers
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+
+.PHONY: format
+format: setup  ## Rewrite the sources in the project's format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+.PHONY: bench
+bench: setup  ## Throughput through the gateway against bare vLLM and bare scorers, in one run
+	$(PY) -m benchmarks.gateway $(BENCH_ARGS)
+
+.PHONY: retest
+retest: setup  ## Do classes repeat on fresh rollouts? Agreement, with the embedded policy
+	$(PY) -m benchmarks.retest $(BENCH_ARGS)
+
+.PHONY: lock
+lock: setup  ## Resolve the lock file anew, keeping what still fits
+	.venv/bin/uv pip compile pyproject.toml --extra embedded --extra train --extra dev \
+	  --override requirements/overrides.txt --python-version 3.11 --no-annotate --no-header \
+	  --no-emit-index-url --no-emit-find-links $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} \
+	  --output-file requirements/cpu.lock --quiet
+
+.PHONY: clean
+clean:  ## Remove what runs and tests leave behind; models and .venv stay
+	rm -rf runs .mora .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""Fixtures that every suite may use; the heavy ones live in modules of their own and start late."""
