@@ -1,0 +1,222 @@
+"""Ports over Ray Serve handles: what the gateway and the batch runners call.
+
+Everything that Ray can do to a call is translated here, once, into :mod:`mora_serve.errors`:
+
+=============================================  ==================================================
+a replica raised a ``MoraError``               that error
+a replica, its node or its engine is gone      ``GenerationError`` / ``ScoringError``; tried again
+any other error inside a replica               ``GenerationError`` / ``ScoringError``; tried again
+the queue is full (``BackPressureError``)      ``OverloadedError``; never tried again here
+the caller's task is cancelled                 the call is cancelled on the replica too
+=============================================  ==================================================
+
+Lists are cut into chunks, so that one call carries work and several replicas share a list. A chunk
+is tried at most ``max_tries`` times; Serve routes each try to a healthy replica, and waits for one
+when a replacement is still starting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from mora_serve.errors import GenerationError, MoraError, OverloadedError, ScoringError
+from mora_serve.ports import CompletionDelta
+from mora_serve.types import (
+    Dimension,
+    Failure,
+    Generation,
+    GenerationRequest,
+    Score,
+    ScoreGroup,
+)
+
+T = TypeVar("T")
+Unavailable = type[GenerationError] | type[ScoringError]
+
+DEFAULT_TRIES = 3
+DEFAULT_CHUNK = 8
+RETRY_AFTER_S = 1.0
+"""What a full queue tells clients when Serve does not say."""
+FIRST_BACKOFF_S = 0.1
+
+
+def translate(error: Exception, unavailable: Unavailable) -> MoraError:
+    """The mora-serve error for ``error``, see the table above. Never carries foreign messages,
+    which could hold prompt text; the replica's log has the cause."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, MoraError):
+        return cause
+    if isinstance(cause, BackPressureError):
+        return OverloadedError(
+            "all replicas are busy and their queue is full; try again later",
+            cause.retry_after_s or RETRY_AFTER_S,
+        )
+    return unavailable(f"the replica could not answer ({type(cause).__name__})")
+
+
+async def call(method: Any, *args: Any, unavailable: Unavailable) -> Any:
+    """One awaited call of a deployment method; cancelling it cancels the work on the replica."""
+    response = method.remote(*args)
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+    except (RayError, RayServeException) as error:
+        raise translate(error, unavailable) from None
+
+
+async def retrying(
+    attempt: Callable[[], Awaitable[T]], unavailable: Unavailable, max_tries: int
+) -> T:
+    """Run ``attempt`` until it succeeds, at most ``max_tries`` times, backing off in between.
+
+    Only ``unavailable`` errors are tried again; the last one is raised when the budget is spent.
+    """
+    for spent in range(1, max_tries):
+        try:
+            return await attempt()
+        except unavailable:
+            await asyncio.sleep(FIRST_BACKOFF_S * 2 ** (spent - 1))
+    return await attempt()
+
+
+async def gather(calls: Sequence[Awaitable[T]]) -> list[T]:
+    """Results in order. The first error, or a cancellation, cancels the calls still running."""
+    tasks = [asyncio.ensure_future(item) for item in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def chunked(items: Sequence[T], size: int) -> list[list[T]]:
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+class ServeGenerator:
+    """:class:`~mora_serve.ports.Generator` over a generator deployment."""
+
+    def __init__(
+        self,
+        handle: DeploymentHandle[Any],
+        *,
+        max_tries: int = DEFAULT_TRIES,
+        chunk: int = DEFAULT_CHUNK,
+    ) -> None:
+        self._handle = handle
+        self._max_tries = max_tries
+        self._chunk = chunk
+
+    async def generate(
+        self, requests: Sequence[GenerationRequest]
+    ) -> list[Generation | Failure]:
+        parts = await gather([self._generate(part) for part in chunked(requests, self._chunk)])
+        return [result for part in parts for result in part]
+
+    async def _generate(self, requests: list[GenerationRequest]) -> list[Generation | Failure]:
+        async def attempt() -> list[Generation | Failure]:
+            results: list[Generation | Failure] = await call(
+                self._handle.generate, requests, unavailable=GenerationError
+            )
+            return results
+
+        return await retrying(attempt, GenerationError, self._max_tries)
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[CompletionDelta]:
+        """A stream is not tried again once a delta was handed out."""
+        response = self._handle.options(stream=True).stream.remote(request)
+        try:
+            async for delta in response:
+                yield delta
+        except (RayError, RayServeException) as error:
+            raise translate(error, GenerationError) from None
+        finally:
+            response.cancel()
+
+    async def models(self) -> list[str]:
+        async def attempt() -> list[str]:
+            names: list[str] = await call(self._handle.models, unavailable=GenerationError)
+            return names
+
+        return await retrying(attempt, GenerationError, self._max_tries)
+
+
+class ServeScorer:
+    """:class:`~mora_serve.ports.Scorer` over several scorer deployments, asked in parallel."""
+
+    def __init__(
+        self,
+        handles: Mapping[str, DeploymentHandle[Any]],
+        *,
+        max_tries: int = DEFAULT_TRIES,
+        chunk: int = DEFAULT_CHUNK,
+    ) -> None:
+        self._handles = dict(handles)
+        self._max_tries = max_tries
+        self._chunk = chunk
+        self._served: dict[str, frozenset[Dimension]] = {}
+
+    async def dimensions(self) -> Mapping[Dimension, tuple[str, str]]:
+        merged: dict[Dimension, tuple[str, str]] = {}
+        answers = await gather([self._dimensions(name) for name in self._handles])
+        for name, answer in zip(self._handles, answers, strict=True):
+            self._served[name] = frozenset(answer)
+            merged.update(answer)
+        return merged
+
+    async def score(
+        self, groups: Sequence[ScoreGroup], dimensions: Sequence[Dimension] | None = None
+    ) -> list[list[dict[Dimension, Score]]]:
+        if len(self._served) < len(self._handles):
+            await self.dimensions()
+        parts = chunked(groups, self._chunk)
+        asked = self._split(dimensions)
+        calls = [self._score(name, part, wanted) for name, wanted in asked for part in parts]
+        answers = await gather(calls)
+        result: list[list[dict[Dimension, Score]]] = [[{} for _ in g.responses] for g in groups]
+        for position in range(len(asked)):
+            mine = answers[position * len(parts) : (position + 1) * len(parts)]
+            for into, scored in zip(result, (g for part in mine for g in part), strict=True):
+                for target, scores in zip(into, scored, strict=True):
+                    target.update(scores)
+        return result
+
+    def _split(self, wanted: Sequence[Dimension] | None) -> list[tuple[str, list[Dimension]]]:
+        """Which deployment is asked for which dimensions."""
+        asked = []
+        for name, served in self._served.items():
+            mine = sorted(served if wanted is None else served.intersection(wanted))
+            if mine:
+                asked.append((name, mine))
+        unknown = set(wanted or ()).difference(*self._served.values())
+        if unknown:
+            raise ScoringError(f"no scorer serves the dimensions {sorted(unknown)}")
+        return asked
+
+    async def _score(
+        self, name: str, groups: list[ScoreGroup], wanted: list[Dimension]
+    ) -> list[list[dict[Dimension, Score]]]:
+        async def attempt() -> list[list[dict[Dimension, Score]]]:
+            scores: list[list[dict[Dimension, Score]]] = await call(
+                self._handles[name].score, groups, wanted, unavailable=ScoringError
+            )
+            return scores
+
+        return await retrying(attempt, ScoringError, self._max_tries)
+
+    async def _dimensions(self, name: str) -> Mapping[Dimension, tuple[str, str]]:
+        async def attempt() -> Mapping[Dimension, tuple[str, str]]:
+            answer: Mapping[Dimension, tuple[str, str]] = await call(
+                self._handles[name].dimensions, unavailable=ScoringError
+            )
+            return answer
+
+        return await retrying(attempt, ScoringError, self._max_tries)
