@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         prepare(args.out, gguf=args.gguf, force=args.force)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _progress(f"error: {error}")
         return 2
-    print(args.out)
+    sys.stdout.write(f"{args.out}\n")
     return 0
 
 
@@ -127,7 +127,7 @@ def _build(source: Path, out: Path) -> dict[str, Any]:
         _convert(source, temporary)
         manifest = _write_manifest(source, temporary)
         _make_readable(temporary)
-            _swap(temporary, out)
+        _swap(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _progress(f"wrote {out}")
@@ -253,7 +253,8 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 
 def _progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":
