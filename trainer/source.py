@@ -1,0 +1,208 @@
+"""Where preference pairs come from: a batch's growing stream or a finished file, in one order.
+
+Every worker reads the same ordered rows and keeps its own: consecutive accepted rows form groups of
+``world_size`` rows, and rank ``r`` takes the ``r``-th of each group. Without a filter that is
+``seq % world_size == rank``. A group is handed out only when it is complete, so that all ranks see
+the same number of rows without talking to each other; fewer than ``world_size`` rows at the end of
+a pass are left over and counted. A position therefore means the same to every rank, and to a later
+run with another number of ranks.
+
+Reading is separated from deciding: :class:`PairSource` owns the order, the partition and the waits,
+and gets the rows through :class:`Feed`. It knows nothing of TRL, torch or event loops.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from mora_serve.errors import StorageError
+
+Row = Mapping[str, Any]
+"""A preference row: ``prompt``, ``chosen``, ``rejected`` as message lists, ``seq`` and more."""
+
+MIN_WAIT_S = 0.05
+MAX_WAIT_S = 1.0
+"""Bounds of the pause between two looks at a stream that has nothing new; it doubles in between."""
+
+
+class Feed(Protocol):
+    """Rows by ``seq``, from 0 without gaps."""
+
+    def read(self, after: int, limit: int) -> Sequence[Row]:
+        """Rows with ``seq > after`` in ascending order; empty when there are none yet."""
+        ...
+
+    def is_finished(self) -> bool:
+        """True when no further row can appear."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """What has been consumed: every row of earlier passes, and rows up to ``seq`` of this one."""
+
+    number: int = 0
+    """Pass, from 0: epochs times stages."""
+    seq: int = -1
+    """Last consumed row of this pass; -1 at its start."""
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, int]) -> Position:
+        return cls(number=int(data["number"]), seq=int(data["seq"]))
+
+
+@dataclass(slots=True)
+class SourceCounts:
+    """What a source has seen since it was made, for metrics and the job's report."""
+
+    rows: int = 0
+    """Rows this rank handed out."""
+    skipped: int = 0
+    """Rows that the filter refused, for example because the prompt fills the context."""
+    left_over: int = 0
+    """Rows at the ends of passes that did not fill a group of ``world_size``."""
+    waited_s: float = 0.0
+    """Time spent waiting for rows that were not there yet."""
+
+
+def accept_all(_row: Row) -> bool:
+    """The filter that refuses nothing."""
+    return True
+
+
+@dataclass(slots=True)
+class PairSource:
+    """Iterable over this rank's rows with the position behind each, for example::
+
+    source = PairSource(feed, rank=0, world_size=2, num_epochs=1)
+    for row, position in source.rows(Position()): ...
+    """
+
+    feed: Feed
+    rank: int = 0
+    world_size: int = 1
+    num_epochs: int = 1
+    stages: tuple[str, ...] = ()
+    """One pass per stage and epoch, over the rows whose ``stage`` it is; empty: all rows."""
+    accept: Callable[[Row], bool] = accept_all
+    """Must give the same answer on every rank."""
+    check: Callable[[], None] = lambda: None
+    """Called at each wait; raises to give up, for example when the job is cancelled."""
+    clock: Callable[[], float] = time.monotonic
+    wait: Callable[[float], None] = time.sleep
+    page: int = 64
+    """Rows asked for at a time."""
+    counts: SourceCounts = field(default_factory=SourceCounts)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must be in [0, {self.world_size}), got {self.rank}")
+
+    @property
+    def num_passes(self) -> int:
+        return self.num_epochs * max(1, len(self.stages))
+
+    def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
+        """This rank's rows behind ``start``, each with the position after its group.
+
+        Waits while the feed is not finished; ends when all passes are done. Raises
+        :class:`~mora_serve.errors.StorageError` when the feed leaves a gap.
+        """
+        for number in range(start.number, self.num_passes):
+            after = start.seq if number == start.number else -1
+            stage = self.stages[number % len(self.stages)] if self.stages else None
+            group: list[Row] = []
+            for row in self._pass(after):
+                if stage is not None and row.get("stage") != stage:
+                    continue
+                if not self.accept(row):
+                    self.counts.skipped += 1
+                    continue
+                group.append(row)
+                if len(group) == self.world_size:
+                    self.counts.rows += 1
+                    yield group[self.rank], Position(number, int(row["seq"]))
+                    group = []
+            self.counts.left_over += len(group)
+
+    def _pass(self, after: int) -> Iterator[Row]:
+        """All rows behind ``after``, until the feed is finished."""
+        while True:
+            # Asked before reading: rows may be appended, and the feed finish, between the two.
+            finished = self.feed.is_finished()
+            page = self.feed.read(after, self.page)
+            for row in page:
+                if int(row["seq"]) != after + 1:
+                    raise StorageError(f"pair stream must be gapless, got {row['seq']} on {after}")
+                after += 1
+                yield row
+            if not page:
+                if finished:
+                    return
+                self._await_rows(after)
+
+    def _await_rows(self, after: int) -> None:
+        """Return when a row behind ``after`` can be read or the feed is finished."""
+        started = self.clock()
+        pause = MIN_WAIT_S
+        try:
+            while not self.feed.is_finished() and not self.feed.read(after, 1):
+                self.check()
+                self.wait(pause)
+                pause = min(2 * pause, MAX_WAIT_S)
+        finally:
+            self.counts.waited_s += self.clock() - started
+
+
+class ResumableRows:
+    """Rows of a source that can be iterated again and knows what has been trained on.
+
+    Consumers of a streaming dataset look at the first row several times before they train. Each
+    iteration starts at :attr:`start`; :meth:`consumed` tells how many rows of the running iteration
+    have been trained on, and :attr:`position` is the place to resume from.
+    """
+
+    def __init__(self, source: PairSource, start: Position) -> None:
+        self.source = source
+        self.start = start
+        self._marks: list[Position] = []
+        self._consumed = 0
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        self.start = self.position
+        self._marks, self._consumed = [], 0
+        for row, position in self.source.rows(self.start):
+            self._marks.append(position)
+            yield {name: row[name] for name in ("prompt", "chosen", "rejected")}
+
+    def consumed(self, num_rows: int) -> None:
+        """Count rows of the running iteration that went into a training step."""
+        self._consumed += num_rows
+        if self._consumed > len(self._marks):
+            raise ValueError(f"{self._consumed} rows consumed of {len(self._marks)} handed out")
+
+    @property
+    def position(self) -> Position:
+        """Behind the last consumed row."""
+        return self._marks[self._consumed - 1] if self._consumed else self.start
+
+
+@dataclass(frozen=True, slots=True)
+class ListFeed:
+    """A finished file's rows; they are numbered by their place."""
+
+    items: Sequence[Row]
+
+    def read(self, after: int, limit: int) -> Sequence[Row]:
+        first = after + 1
+        page = self.items[first : first + limit]
+        return [{**row, "seq": first + place} for place, row in enumerate(page)]
+
+    def is_finished(self) -> bool:
+        return True
