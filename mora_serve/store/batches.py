@@ -1,0 +1,354 @@
+"""Files, batches and the ledger over any :class:`~mora_serve.store.steps.LedgerSteps`.
+
+Owns the OpenAI object shapes and everything that writes blobs: sealing a shard into parts, sealing
+pairs in ``seq`` order, and assembling a finished batch's files. Each of these may be repeated or
+interrupted at any point: parts are named by shard and token or by ``seq`` range, and only an atomic
+step makes them count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mora_serve.errors import LeaseLostError, NotFoundError, StorageError
+from mora_serve.identity import new_id
+from mora_serve.ports import BlobStore, Lease, RowCommit
+from mora_serve.store.steps import (
+    TERMINAL,
+    BatchState,
+    LedgerSteps,
+    PairPart,
+    SealedShard,
+    StoredRow,
+)
+
+PAIRS_PER_PART = 512
+"""Pairs in one sealed part: large enough to be few, small enough to be read whole."""
+
+STAMPS = (
+    "in_progress_at", "finalizing_at", "completed_at", "failed_at", "expired_at",
+    "cancelling_at", "cancelled_at",
+)  # fmt: skip
+
+
+class LedgerBatches:
+    """The :class:`~mora_serve.ports.BatchStore` port."""
+
+    def __init__(
+        self, steps: LedgerSteps, blobs: BlobStore, *, completion_window_s: float = 86_400.0
+    ) -> None:
+        self._steps = steps
+        self._blobs = blobs
+        self._window_s = completion_window_s
+
+    async def ping(self) -> None:
+        """Raises ``StorageError`` when the store does not answer."""
+        await self._steps.ping()
+
+    async def aclose(self) -> None:
+        """Drop connections; the store must not be used afterwards."""
+        await self._steps.aclose()
+
+    # files
+
+    async def put_file(self, file: Mapping[str, Any], blob: str) -> None:
+        """Register a file whose bytes are in the blob store under ``blob``."""
+        await self._steps.put_file(file, blob)
+
+    async def get_file(self, file_id: str) -> tuple[dict[str, Any], str]:
+        """The file object and its blob key."""
+        found = await self._steps.get_file(file_id)
+        if found is None:
+            raise no_such("file", file_id, "file_id")
+        return found
+
+    async def list_files(
+        self, *, after: str | None, limit: int, purpose: str | None, order: str = "desc"
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """A page of file objects; see the port."""
+        files = await self._steps.list_files(
+            after=after, limit=limit + 1, purpose=purpose, ascending=order == "asc"
+        )
+        return files[:limit], len(files) > limit
+
+    async def delete_file(self, file_id: str) -> None:
+        """Forget a file and delete its bytes. Registered URIs outside the store are left alone."""
+        blob = await self._steps.delete_file(file_id)
+        if blob is None:
+            raise no_such("file", file_id, "file_id")
+        if "://" not in blob:
+            await self._blobs.delete(blob)
+
+    # batches
+
+    async def create_batch(
+        self,
+        batch: Mapping[str, Any],
+        options: Mapping[str, Any],
+        idempotency_key: str | None,
+        body_hash: str,
+    ) -> dict[str, Any]:
+        """Store a batch; ``id``, timestamps and status are filled in where they are absent.
+
+        ``options["completion_window_s"]`` overrides the configured window.
+        """
+        doc = {
+            "id": batch.get("id") or new_id("batch"),
+            "object": "batch",
+            "endpoint": batch["endpoint"],
+            "input_file_id": batch["input_file_id"],
+            "completion_window": batch.get("completion_window", "24h"),
+            "metadata": batch.get("metadata"),
+        }
+        window_s = float(options.get("completion_window_s") or self._window_s)
+        batch_id = await self._steps.create_batch(
+            doc, options, idempotency_key, body_hash, window_s
+        )
+        return await self.get_batch(batch_id)
+
+    async def get_batch(self, batch_id: str) -> dict[str, Any]:
+        """The batch object with all of OpenAI's fields."""
+        return batch_object(await self._state(batch_id))
+
+    async def batch_options(self, batch_id: str) -> dict[str, Any]:
+        """Options given at creation, unchanged."""
+        return (await self._state(batch_id)).options
+
+    async def list_batches(
+        self, *, after: str | None, limit: int
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """A page of batch objects, newest first."""
+        states = await self._steps.list_batches(after=after, limit=limit + 1)
+        return [batch_object(state) for state in states[:limit]], len(states) > limit
+
+    async def cancel_batch(self, batch_id: str) -> dict[str, Any]:
+        """Ask for cancellation; what is done is kept, a finished batch is returned unchanged."""
+        if not await self._steps.cancel(batch_id):
+            raise no_such("batch", batch_id, "batch_id")
+        return await self.get_batch(batch_id)
+
+    async def progress(self, batch_id: str) -> dict[str, Any]:
+        """Counts for progress displays; ``rate`` is rows per second since the start."""
+        state = await self._state(batch_id)
+        started = state.stamps.get("in_progress_at")
+        ended = [state.stamps[k] for k in STAMPS[1:6] if k in state.stamps and k != "cancelling_at"]
+        elapsed = 0.0 if started is None else max(min([state.now, *ended]) - started, 1e-3)
+        done = state.completed + state.failed
+        return {
+            "status": state.status,
+            "request_counts": counts(state),
+            "classes": state.classes,
+            "pairs": state.pairs,
+            "usage": usage_object(state.usage),
+            "started_at": started,
+            "rate": done / elapsed if elapsed else None,
+        }
+
+    async def backlog_rows(self) -> int:
+        """Rows not committed yet; a batch that awaits validation or assembly counts as one."""
+        return await self._steps.backlog()
+
+    # runner side
+
+    async def claim_validation(self, worker: str, ttl_s: float) -> dict[str, Any] | None:
+        """A batch to validate within ``ttl_s``; call again to renew is not needed when quick."""
+        batch_id = await self._steps.claim_validation(worker, ttl_s)
+        return None if batch_id is None else await self.get_batch(batch_id)
+
+    async def open_batch(
+        self, batch_id: str, shards: Sequence[tuple[int, int, int, int]], total: int
+    ) -> None:
+        """Start a validated batch. Without effect when it was cancelled or opened meanwhile."""
+        await self._steps.open_batch(batch_id, shards, total)
+
+    async def fail_batch(
+        self, batch_id: str, code: str, message: str, line: int | None = None
+    ) -> None:
+        """End a batch whose file as a whole is at fault. ``line`` counts from 1 as OpenAI's does."""
+        error = {"code": code, "message": message, "param": None, "line": line}
+        await self._steps.fail(batch_id, error)
+
+    async def lease_shard(self, worker: str, ttl_s: float) -> Lease | None:
+        """An unsealed shard of the running batch with the fewest leases."""
+        return await self._steps.lease_shard(worker, ttl_s)
+
+    async def heartbeat(self, lease: Lease, ttl_s: float) -> bool:
+        """Extend the lease; False asks the runner to stop."""
+        answer = await self._steps.heartbeat(lease, ttl_s)
+        if answer == "lost":
+            raise lease_lost(lease)
+        return answer == "ok"
+
+    async def release(self, lease: Lease) -> None:
+        """Hand the shard back; a lease that is lost already is no error."""
+        await self._steps.release(lease)
+
+    async def commit_row(self, lease: Lease, row: RowCommit) -> bool:
+        """Record one row with its pairs in one atomic step, then seal pairs that fill a part."""
+        if (row.output is None) == (row.error is None):
+            raise ValueError("exactly one of output and error must be set")
+        answer = await self._steps.commit_row(lease, row)
+        if answer == "lost":
+            raise lease_lost(lease)
+        return answer == "committed"
+
+    async def seal_shard(self, lease: Lease) -> None:
+        """Write the shard's parts, then make them count in one atomic step."""
+        rows = await self._steps.shard_rows(lease)
+        sealed = await self._write_parts(lease, rows)
+        answer = await self._steps.seal_shard(lease, sealed, len(rows))
+        if answer == "sealed":
+            await self.seal_pairs(lease.batch_id)
+            return
+        for key in (sealed.output, sealed.error):
+            if key is not None and answer == "changed":
+                await self._blobs.delete(key)
+        if answer == "lost":
+            raise lease_lost(lease)
+        raise StorageError(
+            f"shard {lease.shard} of {lease.batch_id} must be complete to be sealed, "
+            f"got {len(rows)} of {lease.num_rows} rows"
+        )
+
+    async def finalize_ready(self, worker: str, ttl_s: float) -> list[str]:
+        """Finish every batch that is due; returns the ids that reached a terminal status."""
+        finished = []
+        while (batch_id := await self._steps.claim_finalize(worker, ttl_s)) is not None:
+            await self._finalize(batch_id, worker, ttl_s)
+            finished.append(batch_id)
+        return finished
+
+    # sealing and assembly
+
+    async def seal_pairs(self, batch_id: str, *, everything: bool = False) -> None:
+        """Move pairs from the tail into parts, in ``seq`` order and whole parts at a time.
+
+        ``everything`` also seals the last, partly filled part (for closed batches).
+        """
+        while True:
+            state = await self._state(batch_id)
+            waiting = state.pairs - state.pairs_sealed
+            if waiting == 0 or (waiting < PAIRS_PER_PART and not everything):
+                return
+            first = state.pairs_sealed
+            pairs = await self._steps.tail(batch_id, first - 1, min(waiting, PAIRS_PER_PART))
+            if not pairs or pairs[0]["seq"] != first:
+                continue
+            last = pairs[-1]["seq"]
+            key = f"batches/{batch_id}/pairs/{first:012d}-{last:012d}.jsonl"
+            await self._blobs.put(key, json_lines(pairs))
+            await self._steps.add_pair_part(batch_id, PairPart(first, last, key))
+
+    async def _state(self, batch_id: str) -> BatchState:
+        state = await self._steps.get_state(batch_id)
+        if state is None:
+            raise no_such("batch", batch_id, "batch_id")
+        return state
+
+    async def _write_parts(self, lease: Lease, rows: Sequence[StoredRow]) -> SealedShard:
+        stem = f"batches/{lease.batch_id}/rows/{lease.shard:08d}-{lease.token}"
+        keys: list[str | None] = []
+        for name, is_error in (("output", False), ("error", True)):
+            lines = [row.data for row in rows if row.is_error == is_error]
+            key = f"{stem}.{name}.jsonl" if lines else None
+            if key is not None:
+                await self._blobs.put(key, b"".join(line + b"\n" for line in lines))
+            keys.append(key)
+        return SealedShard(lease.shard, keys[0], keys[1])
+
+    async def _finalize(self, batch_id: str, worker: str, ttl_s: float) -> None:
+        while (lease := await self._steps.lease_leftover(batch_id, worker, ttl_s)) is not None:
+            await self.seal_shard(lease)
+        await self.seal_pairs(batch_id, everything=True)
+        shards = await self._steps.sealed_shards(batch_id)
+        output = await self._assemble(batch_id, "output", shards, lambda shard: shard.output)
+        error = await self._assemble(batch_id, "error", shards, lambda shard: shard.error)
+        await self._steps.finish(batch_id, output, error)
+        for shard in shards:
+            for key in (shard.output, shard.error):
+                if key is not None:
+                    await self._blobs.delete(key)
+
+    async def _assemble(
+        self,
+        batch_id: str,
+        name: str,
+        shards: Sequence[SealedShard],
+        part: Callable[[SealedShard], str | None],
+    ) -> tuple[dict[str, Any], str] | None:
+        keys = [key for shard in shards if (key := part(shard)) is not None]
+        if not keys:
+            return None
+        digest = hashlib.sha256(f"{batch_id}:{name}".encode()).hexdigest()
+        file_id = f"file-{digest[:24]}"
+        blob = f"files/{file_id}"
+        num_bytes = await self._blobs.concat(blob, keys)
+        file = {
+            "id": file_id,
+            "object": "file",
+            "bytes": num_bytes,
+            "created_at": None,
+            "filename": f"{batch_id}_{name}.jsonl",
+            "purpose": "batch_output",
+            "status": "processed",
+            "expires_at": None,
+            "status_details": None,
+        }
+        return file, blob
+
+
+def batch_object(state: BatchState) -> dict[str, Any]:
+    """OpenAI's Batch object: every field present, unused ones null, ``request_counts`` never."""
+    errors = {"object": "list", "data": state.errors} if state.errors else None
+    return {
+        **state.doc,
+        "errors": errors,
+        "status": state.status,
+        "output_file_id": state.output_file_id,
+        "error_file_id": state.error_file_id,
+        **{stamp: state.stamps.get(stamp) for stamp in STAMPS},
+        "request_counts": counts(state),
+        "usage": usage_object(state.usage),
+    }
+
+
+def counts(state: BatchState) -> dict[str, int]:
+    """OpenAI's ``request_counts``."""
+    return {"total": state.total, "completed": state.completed, "failed": state.failed}
+
+
+def usage_object(usage: Mapping[str, int]) -> dict[str, Any]:
+    """OpenAI's batch ``usage`` from flat counters; further counters are appended as they are."""
+    read, written = usage.get("input_tokens", 0), usage.get("output_tokens", 0)
+    known = ("input_tokens", "output_tokens", "cached_tokens", "total_tokens")
+    return {
+        "input_tokens": read,
+        "input_tokens_details": {"cached_tokens": usage.get("cached_tokens", 0)},
+        "output_tokens": written,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": read + written,
+        **{name: number for name, number in sorted(usage.items()) if name not in known},
+    }
+
+
+def json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """JSON Lines with a newline after every row."""
+    return b"".join(
+        json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for row in rows
+    )
+
+
+def no_such(kind: str, object_id: str, param: str) -> NotFoundError:
+    """The error for an id that is not stored."""
+    return NotFoundError(f"No {kind} found with id '{object_id}'.", param, f"{kind}_not_found")
+
+
+def lease_lost(lease: Lease) -> LeaseLostError:
+    """The error for work that came too late."""
+    return LeaseLostError(
+        f"the lease on shard {lease.shard} of {lease.batch_id} must be held by {lease.worker} "
+        f"(token {lease.token}), but the shard was taken over or closed"
+    )

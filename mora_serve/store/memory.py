@@ -1,0 +1,443 @@
+"""The ledger's steps and blobs within one process: no persistence, same behaviour.
+
+Ships for tests and simulations of everything that sits on the store. Each step runs without
+awaiting, so the event loop makes it atomic; ``clock`` can be injected to test leases and windows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+from mora_serve.errors import ConflictError, NotFoundError, StorageError
+from mora_serve.ports import Lease, RowCommit
+from mora_serve.store.steps import (
+    READER_TTL_S,
+    TERMINAL,
+    BatchState,
+    PairPart,
+    SealedShard,
+    ShardSpec,
+    StoredRow,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Shard:
+    spec: ShardSpec
+    rows: dict[int, StoredRow] = field(default_factory=dict)
+    token: int = 0
+    worker: str | None = None
+    expires_at: float = 0.0
+    sealed: SealedShard | None = None
+
+    def leased(self, now: float) -> bool:
+        return self.worker is not None and self.expires_at > now
+
+
+@dataclass(slots=True)
+class _Batch:
+    state: BatchState
+    expires_at: float
+    shards: list[_Shard] = field(default_factory=list)
+    tail: list[dict[str, Any]] = field(default_factory=list)
+    parts: list[PairPart] = field(default_factory=list)
+    readers: dict[str, tuple[int, float]] = field(default_factory=dict)
+    claim_until: float = 0.0
+    last_leased: int = 0
+    outcome: str = "completed"
+
+
+class MemoryLedger:
+    """:class:`~mora_serve.store.steps.LedgerSteps` in dictionaries."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._files: dict[str, tuple[dict[str, Any], str]] = {}
+        self._batches: dict[str, _Batch] = {}
+        self._keys: dict[str, tuple[str, str]] = {}
+        self._turn = 0
+
+    async def ping(self) -> None:
+        return None
+
+    async def aclose(self) -> None:
+        return None
+
+    # files
+
+    async def put_file(self, file: Mapping[str, Any], blob: str) -> None:
+        doc = dict(file)
+        if doc.get("created_at") is None:
+            doc["created_at"] = int(self._clock())
+        self._files[doc["id"]] = (doc, blob)
+
+    async def get_file(self, file_id: str) -> tuple[dict[str, Any], str] | None:
+        found = self._files.get(file_id)
+        return None if found is None else (dict(found[0]), found[1])
+
+    async def list_files(
+        self, *, after: str | None, limit: int, purpose: str | None, ascending: bool
+    ) -> list[dict[str, Any]]:
+        docs = [dict(doc) for doc, _ in self._files.values()]
+        docs = docs if ascending else docs[::-1]
+        return [
+            doc
+            for doc in _page(docs, lambda doc: str(doc["id"]), after, len(docs))
+            if purpose is None or doc["purpose"] == purpose
+        ][:limit]
+
+    async def delete_file(self, file_id: str) -> str | None:
+        found = self._files.pop(file_id, None)
+        return None if found is None else found[1]
+
+    # batches
+
+    async def create_batch(
+        self,
+        doc: Mapping[str, Any],
+        options: Mapping[str, Any],
+        idempotency_key: str | None,
+        body_hash: str,
+        window_s: float,
+    ) -> str:
+        if idempotency_key is not None and idempotency_key in self._keys:
+            batch_id, known = self._keys[idempotency_key]
+            if known != body_hash:
+                raise idempotency_conflict()
+            return batch_id
+        now = self._clock()
+        batch_id = str(doc["id"])
+        stored = {**doc, "created_at": int(now), "expires_at": int(now + window_s)}
+        state = BatchState(doc=stored, options=dict(options), status="validating")
+        self._batches[batch_id] = _Batch(state, expires_at=now + window_s)
+        if idempotency_key is not None:
+            self._keys[idempotency_key] = (batch_id, body_hash)
+        return batch_id
+
+    async def get_state(self, batch_id: str) -> BatchState | None:
+        batch = self._batches.get(batch_id)
+        return None if batch is None else self._snapshot(batch)
+
+    async def list_batches(self, *, after: str | None, limit: int) -> list[BatchState]:
+        states = [self._snapshot(batch) for batch in reversed(self._batches.values())]
+        return _page(states, lambda state: str(state.doc["id"]), after, limit)
+
+    async def cancel(self, batch_id: str) -> bool:
+        batch = self._batches.get(batch_id)
+        if batch is None:
+            return False
+        if batch.state.status in ("validating", "in_progress"):
+            self._enter(batch, "cancelling")
+            batch.outcome = "cancelled"
+        return True
+
+    async def backlog(self) -> int:
+        return sum(
+            max(1, state.total - state.completed - state.failed)
+            for state in (batch.state for batch in self._batches.values())
+            if state.status not in TERMINAL
+        )
+
+    async def claim_validation(self, worker: str, ttl_s: float) -> str | None:
+        now = self._clock()
+        for batch_id, batch in self._batches.items():
+            if batch.state.status == "validating" and batch.claim_until <= now:
+                batch.claim_until = now + ttl_s
+                return batch_id
+        return None
+
+    async def open_batch(self, batch_id: str, shards: Sequence[ShardSpec], total: int) -> bool:
+        batch = self._batches[batch_id]
+        if batch.state.status != "validating":
+            return False
+        batch.shards = [_Shard(spec) for spec in shards]
+        batch.state.total = total
+        batch.claim_until = 0.0
+        self._enter(batch, "in_progress")
+        return True
+
+    async def fail(self, batch_id: str, error: Mapping[str, Any]) -> bool:
+        batch = self._batches[batch_id]
+        if batch.state.status != "validating":
+            return False
+        batch.state.errors.append(dict(error))
+        batch.state.closed = True
+        self._enter(batch, "failed")
+        return True
+
+    # shards
+
+    async def lease_shard(self, worker: str, ttl_s: float) -> Lease | None:
+        now = self._clock()
+        running = [
+            batch
+            for batch in self._batches.values()
+            if batch.state.status == "in_progress" and now < batch.expires_at
+        ]
+        running.sort(key=lambda b: (sum(s.leased(now) for s in b.shards), b.last_leased))
+        for batch in running:
+            for index, shard in enumerate(batch.shards):
+                if shard.sealed is None and not shard.leased(now):
+                    self._turn += 1
+                    batch.last_leased = self._turn
+                    return self._lease(batch, index, worker, ttl_s)
+        return None
+
+    async def lease_leftover(self, batch_id: str, worker: str, ttl_s: float) -> Lease | None:
+        batch = self._batches[batch_id]
+        if not batch.state.closed or batch.state.status in TERMINAL:
+            return None
+        for index, shard in enumerate(batch.shards):
+            if shard.sealed is None:
+                return self._lease(batch, index, worker, ttl_s)
+        return None
+
+    async def heartbeat(self, lease: Lease, ttl_s: float) -> Literal["ok", "stop", "lost"]:
+        batch, shard = self._held(lease)
+        if shard is None:
+            return "lost"
+        shard.expires_at = self._clock() + ttl_s
+        return "ok" if batch.state.status == "in_progress" else "stop"
+
+    async def release(self, lease: Lease) -> None:
+        _, shard = self._held(lease)
+        if shard is not None:
+            shard.worker = None
+
+    async def commit_row(
+        self, lease: Lease, row: RowCommit
+    ) -> Literal["committed", "repeated", "lost"]:
+        batch, shard = self._held(lease)
+        state = batch.state
+        if shard is None or state.closed:
+            return "lost"
+        if row.line in shard.rows:
+            return "repeated"
+        data = row.output if row.output is not None else row.error
+        assert data is not None
+        shard.rows[row.line] = StoredRow(row.line, row.output is None, data)
+        state.completed += row.output is not None
+        state.failed += row.output is None
+        for pair in row.pairs:
+            batch.tail.append({"seq": state.pairs, **json.loads(pair)})
+            state.pairs += 1
+        for counters, added in ((state.usage, row.usage), (state.classes, row.classes)):
+            for name, number in added.items():
+                counters[name] = counters.get(name, 0) + number
+        return "committed"
+
+    async def shard_rows(self, lease: Lease) -> list[StoredRow]:
+        rows = self._batches[lease.batch_id].shards[lease.shard].rows
+        return [rows[line] for line in sorted(rows)]
+
+    async def seal_shard(
+        self, lease: Lease, sealed: SealedShard, num_rows: int
+    ) -> Literal["sealed", "changed", "lost"]:
+        batch, shard = self._held(lease)
+        if shard is None:
+            return "lost"
+        complete = len(shard.rows) == shard.spec[1] or batch.state.closed
+        if len(shard.rows) != num_rows or not complete:
+            return "changed"
+        shard.sealed, shard.rows, shard.worker = sealed, {}, None
+        return "sealed"
+
+    async def sealed_shards(self, batch_id: str) -> list[SealedShard]:
+        shards = self._batches[batch_id].shards
+        return [shard.sealed for shard in shards if shard.sealed is not None]
+
+    async def claim_finalize(self, worker: str, ttl_s: float) -> str | None:
+        now = self._clock()
+        for batch_id, batch in self._batches.items():
+            self._close_if_due(batch, now)
+            open_ended = batch.state.closed and batch.state.status not in TERMINAL
+            if open_ended and batch.claim_until <= now:
+                batch.claim_until = now + ttl_s
+                return batch_id
+        return None
+
+    async def finish(
+        self,
+        batch_id: str,
+        output: tuple[dict[str, Any], str] | None,
+        error: tuple[dict[str, Any], str] | None,
+    ) -> str:
+        batch = self._batches[batch_id]
+        state = batch.state
+        if state.status in TERMINAL or not state.closed:
+            return state.status
+        for found in (output, error):
+            if found is not None:
+                await self.put_file(*found)
+        state.output_file_id = None if output is None else output[0]["id"]
+        state.error_file_id = None if error is None else error[0]["id"]
+        batch.shards = []
+        self._enter(batch, batch.outcome)
+        self._trim(batch)
+        return state.status
+
+    # pairs
+
+    async def tail(self, batch_id: str, after: int, limit: int) -> list[dict[str, Any]]:
+        tail = self._batches[batch_id].tail if batch_id in self._batches else []
+        skip = max(0, after + 1 - tail[0]["seq"]) if tail else 0
+        return [dict(pair) for pair in tail[skip : skip + limit]]
+
+    async def tail_length(self, batch_id: str) -> int:
+        return len(self._batches[batch_id].tail) if batch_id in self._batches else 0
+
+    async def add_pair_part(self, batch_id: str, part: PairPart) -> bool:
+        batch = self._batches[batch_id]
+        if part.first != batch.state.pairs_sealed or part.last >= batch.state.pairs:
+            return False
+        batch.parts.append(part)
+        batch.state.pairs_sealed = part.last + 1
+        self._trim(batch)
+        return True
+
+    async def pair_part(self, batch_id: str, seq: int) -> PairPart | None:
+        parts = self._batches[batch_id].parts if batch_id in self._batches else []
+        return next((part for part in parts if part.first <= seq <= part.last), None)
+
+    async def set_reader(self, batch_id: str, reader: str, position: int | None) -> None:
+        batch = self._batches.get(batch_id)
+        if batch is None:
+            return
+        if position is None:
+            batch.readers.pop(reader, None)
+        else:
+            batch.readers[reader] = (position, self._clock() + READER_TTL_S)
+        self._trim(batch)
+
+    # internal
+
+    def _snapshot(self, batch: _Batch) -> BatchState:
+        state = batch.state
+        return replace(
+            state,
+            doc=dict(state.doc),
+            options=dict(state.options),
+            stamps=dict(state.stamps),
+            errors=list(state.errors),
+            usage=dict(state.usage),
+            classes=dict(state.classes),
+            now=self._clock(),
+        )
+
+    def _enter(self, batch: _Batch, status: str) -> None:
+        batch.state.status = status
+        batch.state.stamps[f"{status}_at"] = int(self._clock())
+
+    def _lease(self, batch: _Batch, index: int, worker: str, ttl_s: float) -> Lease:
+        shard = batch.shards[index]
+        shard.token += 1
+        shard.worker = worker
+        shard.expires_at = self._clock() + ttl_s
+        return Lease(
+            str(batch.state.doc["id"]), index, shard.token, worker, shard.expires_at,
+            *shard.spec, done=frozenset(shard.rows),
+        )  # fmt: skip
+
+    def _held(self, lease: Lease) -> tuple[_Batch, _Shard | None]:
+        batch = self._batches[lease.batch_id]
+        if lease.shard >= len(batch.shards):
+            return batch, None
+        shard = batch.shards[lease.shard]
+        held = shard.worker is not None and shard.token == lease.token and shard.sealed is None
+        return batch, shard if held else None
+
+    def _close_if_due(self, batch: _Batch, now: float) -> None:
+        state = batch.state
+        if state.closed:
+            return
+        if state.status == "cancelling":
+            state.closed = not any(shard.leased(now) for shard in batch.shards)
+        elif state.status in ("validating", "in_progress") and now >= batch.expires_at:
+            batch.outcome = "expired"
+            state.closed = True
+            self._enter(batch, "finalizing")
+        elif state.status == "in_progress" and all(shard.sealed for shard in batch.shards):
+            state.closed = True
+            self._enter(batch, "finalizing")
+        if state.closed:
+            batch.claim_until = 0.0
+
+    def _trim(self, batch: _Batch) -> None:
+        now = self._clock()
+        positions = [seq + 1 for seq, until in batch.readers.values() if until > now]
+        keep_from = min([batch.state.pairs_sealed, *positions])
+        if batch.tail:
+            del batch.tail[: max(0, keep_from - batch.tail[0]["seq"])]
+
+
+class MemoryBlobs:
+    """:class:`~mora_serve.ports.BlobStore` in a dictionary."""
+
+    def __init__(self) -> None:
+        self._blobs: dict[str, bytes] = {}
+
+    async def put(self, key: str, chunks: AsyncIterator[bytes] | bytes) -> int:
+        if isinstance(chunks, bytes):
+            data = chunks
+        else:
+            data = b"".join([chunk async for chunk in chunks])
+        self._blobs[key] = data
+        return len(data)
+
+    async def open_read(
+        self, key: str, start: int = 0, length: int | None = None
+    ) -> AsyncIterator[bytes]:
+        data = self._blobs.get(key)
+        if data is None:
+            raise StorageError(f"blob {key} must exist to be read")
+        yield data[start : None if length is None else start + length]
+
+    async def concat(self, key: str, parts: Sequence[str]) -> int:
+        missing = [part for part in parts if part not in self._blobs]
+        if missing:
+            raise StorageError(f"blob {missing[0]} must exist to be read")
+        self._blobs[key] = b"".join(self._blobs[part] for part in parts)
+        return len(self._blobs[key])
+
+    async def size(self, key: str) -> int:
+        if key not in self._blobs:
+            raise StorageError(f"blob {key} must exist to be read")
+        return len(self._blobs[key])
+
+    async def exists(self, key: str) -> bool:
+        return key in self._blobs
+
+    async def delete(self, key: str) -> None:
+        self._blobs.pop(key, None)
+
+    def local_path(self, key: str) -> str | None:
+        return None
+
+
+def _page(items: list[T], key: Callable[[T], str], after: str | None, limit: int) -> list[T]:
+    if after is None:
+        return items[:limit]
+    for index, item in enumerate(items):
+        if key(item) == after:
+            return items[index + 1 : index + 1 + limit]
+    raise bad_cursor(after)
+
+
+def bad_cursor(after: str) -> NotFoundError:
+    """The error for a page cursor that names nothing."""
+    return NotFoundError(f"after must be the id of a listed object, got '{after}'", "after")
+
+
+def idempotency_conflict() -> ConflictError:
+    """The error for an idempotency key that was used for another request."""
+    return ConflictError(
+        "Idempotency-Key must not be reused for a different request.",
+        "Idempotency-Key",
+        "idempotency_key_reused",
+    )
