@@ -73,11 +73,11 @@ class MessageBody(Body):
 def _prompt_tag(value: Any) -> str | None:
     if isinstance(value, str):
         return "string"
-    return "messages" if isinstance(value, list | tuple) else None
+    return "turns" if isinstance(value, list | tuple) else None
 
 
 PromptBody = Annotated[
-    Annotated[Text, Tag("string")] | Annotated[list[MessageBody], Tag("messages")],
+    Annotated[Text, Tag("string")] | Annotated[list[MessageBody], Tag("turns")],
     Discriminator(
         _prompt_tag,
         custom_error_type="prompt_type",
@@ -304,7 +304,7 @@ def _custom_id(row: Mapping[str, Any]) -> str:
 
 # --- pydantic errors ----------------------------------------------------------------------------
 
-_TAGS: Final = frozenset({"string", "messages"})
+_TAGS: Final = frozenset({"string", "turns"})
 _SHOWN_FIELDS: Final = frozenset({"model", "mode", "strategies", "dimensions", "role"})
 """Fields whose text may be repeated in a message; all other text could be a prompt."""
 _RULES: Final[Mapping[str, str]] = {
