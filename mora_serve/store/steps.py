@@ -163,7 +163,9 @@ class LedgerSteps(Protocol):
         ...
 
     async def finish(
-        self, batch_id: str, output: tuple[dict[str, Any], str] | None,
+        self,
+        batch_id: str,
+        output: tuple[dict[str, Any], str] | None,
         error: tuple[dict[str, Any], str] | None,
     ) -> str:
         """Register the files and enter the terminal status, which is returned."""
