@@ -2,8 +2,8 @@
 
 The command line and the demo are users of the REST API like any other, and this module is all they
 use. It stands on the standard library alone, keeps no connection between calls and reads streams
-as they arrive. Refusals made before any work was queued (429, 503) are sent again after the delay that
-the server asks for. It owns no knowledge of the routes beyond their content types.
+as they arrive. Refusals made before any work was queued (429, 503) are sent again after the delay
+that the server asks for. It owns no knowledge of the routes beyond their content types.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Settings of the whole service: one frozen tree, loaded once by a composition root.
 
-Order of precedence: arguments, ``MORA_*`` environment (``__`` nests), the ``--config`` YAML file, the
-profile's YAML, defaults. Unknown keys are refused wherever they appear, with the nearest valid key.
+Order of precedence: arguments, ``MORA_*`` environment (``__`` nests), the ``--config`` YAML file,
+the profile's YAML, defaults. Unknown keys are refused wherever they appear, with the nearest valid
+key.
 Components receive their own section, never the root.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,10 +18,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from mora_serve.errors import ConfigError
+from mora_serve.settings_sources import merge, nearest_key, read_environ, read_yaml
 
 ENV_PREFIX = "MORA_"
 ENV_CONFIG = "MORA_CONFIG_JSON"
 """How a parent hands its resolved settings to a child process; never set by users."""
+ENV_PROFILE = "MORA_PROFILE"
+"""Default of the command line's ``--profile``."""
+CLIENT_VARIABLES = ("MORA_URL", "MORA_API_KEY")
+"""Where the command line's REST commands find a running server; not settings of the service."""
+RESERVED_VARIABLES = frozenset({ENV_CONFIG, ENV_PROFILE, *CLIENT_VARIABLES})
+SECRETS = ("server.api_keys", "redis.url")
+"""Settings whose values appear in no message."""
 PROFILES = ("embedded", "fake", "gpu")
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -36,21 +44,21 @@ class Section(BaseModel):
 
 class ServerSettings(Section):
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(default=8000, ge=1, le=65535)
     api_keys: tuple[SecretStr, ...] = ()
     """Accepted bearer tokens; empty accepts any header and none."""
-    max_body_bytes: int = Field(8 * 2**20, ge=1024)
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     """Limit of JSON bodies; uploads have ``max_upload_bytes``."""
-    max_upload_bytes: int = Field(512 * 2**20, ge=1024)
-    max_uploads: int = Field(4, ge=1)
+    max_upload_bytes: int = Field(default=512 * 2**20, ge=1024)
+    max_uploads: int = Field(default=4, ge=1)
     """Concurrent file uploads per gateway replica."""
-    max_prompts: int = Field(256, ge=1)
+    max_prompts: int = Field(default=256, ge=1)
     """Prompts in one synchronous request."""
-    max_rows: int = Field(10_000, ge=1)
+    max_rows: int = Field(default=10_000, ge=1)
     """Rows in one synchronous ``/v1/scores`` request."""
-    max_in_flight_prompts: int = Field(512, ge=1)
+    max_in_flight_prompts: int = Field(default=512, ge=1)
     """Prompts being worked on per gateway replica; beyond it requests get 429."""
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(default=1, ge=1)
     haproxy: bool = True
     """Serve HTTP through Ray Serve's HAProxy instead of its Python proxy."""
     file_uri_prefixes: tuple[str, ...] = ()
@@ -72,12 +80,12 @@ class BlobSettings(Section):
 class ReplicaSettings(Section):
     """Ray Serve placement and scale of one deployment."""
 
-    min_replicas: int = Field(1, ge=0)
-    max_replicas: int = Field(1, ge=1)
-    num_cpus: float = Field(0.0, ge=0.0)
-    num_gpus: float = Field(0.0, ge=0.0)
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.0, ge=0.0)
+    num_gpus: float = Field(default=0.0, ge=0.0)
     resources: dict[str, float] = Field(default_factory=dict)
-    max_ongoing_requests: int = Field(64, ge=1)
+    max_ongoing_requests: int = Field(default=64, ge=1)
     health_check_period_s: Positive = 5.0
     health_check_timeout_s: Positive = 30.0
     graceful_shutdown_timeout_s: Positive = 20.0
@@ -95,13 +103,13 @@ class PolicySettings(Section):
     """Passed to vLLM's ``AsyncEngineArgs`` unchanged."""
     engine_env: dict[str, str] = Field(default_factory=dict)
     """Environment of the engine's process, for example ``VLLM_CPU_KVCACHE_SPACE``."""
-    max_model_len: int = Field(1024, ge=16)
+    max_model_len: int = Field(default=1024, ge=16)
     lora: bool = True
-    max_loras: int = Field(2, ge=1)
-    max_lora_rank: int = Field(16, ge=1)
+    max_loras: int = Field(default=2, ge=1)
+    max_lora_rank: int = Field(default=16, ge=1)
     system_prompt: str | None = None
     """Prepended to conversations without a system turn, in generation and in DPO pairs' prompts."""
-    fake_delay_ms: float = Field(0.0, ge=0.0)
+    fake_delay_ms: float = Field(default=0.0, ge=0.0)
     """Fake backend only: time each request takes."""
     replica: ReplicaSettings = ReplicaSettings()
 
@@ -113,31 +121,31 @@ class ScorerSettings(Section):
     backend: Literal["heads", "seqcls", "fake"] = "heads"
     dimensions: tuple[str, ...]
     model: str | None = None
-    """Reward model path or hub id; for ``heads`` the backbone directory (``None``: the policy's)."""
+    """Reward model path or hub id; ``heads``: the backbone directory (``None``: the policy's)."""
     heads: str | None = None
     """``heads`` only: directory of the head files; ``None`` is the shipped ``smol-heads``."""
     sign: Literal[1, -1] = 1
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    token_budget: int = Field(2048, ge=64)
+    token_budget: int = Field(default=2048, ge=64)
     """Tokens per forward pass, packed or padded."""
-    max_tokens: int = Field(1024, ge=32)
+    max_tokens: int = Field(default=1024, ge=32)
     """Tokens of prompt plus answer; longer prompts lose their left end, longer answers fail."""
-    num_threads: int = Field(2, ge=1)
+    num_threads: int = Field(default=2, ge=1)
     timeout_s: Positive = 120.0
-    fake_delay_ms: float = Field(0.0, ge=0.0)
+    fake_delay_ms: float = Field(default=0.0, ge=0.0)
     replica: ReplicaSettings = ReplicaSettings()
 
 
 class SamplingSettings(Section):
     """Defaults of a request that leaves a field null."""
 
-    n: int = Field(8, ge=1, le=256)
+    n: int = Field(default=8, ge=1, le=256)
     """Rollouts per prompt and round."""
-    n_max: int = Field(24, ge=1, le=1024)
+    n_max: int = Field(default=24, ge=1, le=1024)
     """Rollouts per prompt at most, over all rounds of adaptive pre-sampling."""
-    temperature: float = Field(1.0, ge=0.0, le=2.0)
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    max_tokens: int = Field(64, ge=1)
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    max_tokens: int = Field(default=64, ge=1)
 
 
 class MethodSettings(Section):
@@ -146,37 +154,37 @@ class MethodSettings(Section):
     calibrator: str | None = None
     """Calibrator file; ``None`` is the one shipped with the embedded heads."""
     classifier: Literal["posterior", "spread", "fixed"] = "posterior"
-    p_class: float = Field(0.8, gt=0.5, lt=1.0)
+    p_class: float = Field(default=0.8, gt=0.5, lt=1.0)
     min_reliability: Probability = 0.5
     min_ceiling: dict[str, float] = Field(default_factory=dict)
     """Absolute bounds per dimension in z; absent ones default to the pool's median prompt."""
     min_conflict: Probability = 0.3
     strategies: tuple[Literal["compose", "llm", "null"], ...] = ("compose",)
-    num_candidates: int = Field(3, ge=1, le=16)
+    num_candidates: int = Field(default=3, ge=1, le=16)
     rewrite_flat: bool = False
-    n_confirm: int = Field(16, ge=4)
+    n_confirm: int = Field(default=16, ge=4)
     """Fresh rollouts of the candidate and of the original on which acceptance is decided."""
     min_gain: float = 0.0
-    max_ceiling_drop: float = Field(0.5, ge=0.0)
+    max_ceiling_drop: float = Field(default=0.5, ge=0.0)
     confidence: Probability = 0.9
     weights: dict[str, float] = Field(default_factory=dict)
     """Utility weights by dimension; absent ones are 1."""
     mode: Literal["simultaneous", "sequential"] = "simultaneous"
-    min_margin: float = Field(0.5, ge=0.0)
-    tolerance: float = Field(0.5, ge=0.0)
+    min_margin: float = Field(default=0.5, ge=0.0)
+    tolerance: float = Field(default=0.5, ge=0.0)
     length_control: bool = True
 
 
 class RunnerSettings(Section):
     """Batch runners and the ledger."""
 
-    shard_rows: int = Field(256, ge=1)
+    shard_rows: int = Field(default=256, ge=1)
     lease_ttl_s: Positive = 30.0
-    max_in_flight_rows: int = Field(8, ge=1)
-    max_stream_tail: int = Field(10_000, ge=1)
+    max_in_flight_rows: int = Field(default=8, ge=1)
+    max_stream_tail: int = Field(default=10_000, ge=1)
     """Unsealed pairs kept in Redis per batch before runners wait for readers."""
-    max_infra_retries: int = Field(5, ge=0)
-    max_poison_tries: int = Field(3, ge=1)
+    max_infra_retries: int = Field(default=5, ge=0)
+    max_poison_tries: int = Field(default=3, ge=1)
     poll_interval_s: Positive = 0.5
     completion_window_s: Positive = 86_400.0
     replica: ReplicaSettings = ReplicaSettings(min_replicas=1, max_replicas=2)
@@ -185,21 +193,21 @@ class RunnerSettings(Section):
 class TrainerSettings(Section):
     """DPO runs on Ray Train."""
 
-    num_workers: int = Field(1, ge=1)
+    num_workers: int = Field(default=1, ge=1)
     use_gpu: bool = False
-    num_cpus_per_worker: float = Field(1.0, ge=0.0)
+    num_cpus_per_worker: float = Field(default=1.0, ge=0.0)
     lora: bool = True
-    lora_rank: int = Field(8, ge=1)
-    lora_alpha: int = Field(16, ge=1)
+    lora_rank: int = Field(default=8, ge=1)
+    lora_alpha: int = Field(default=16, ge=1)
     beta: Positive = 0.1
     learning_rate: Positive = 5e-5
-    batch_size: int = Field(4, ge=1)
-    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """``None`` trains until the batch ends."""
-    checkpoint_steps: int = Field(10, ge=1)
-    max_length: int = Field(512, ge=32)
-    max_restarts: int = Field(3, ge=0)
-    num_threads: int = Field(2, ge=1)
+    checkpoint_steps: int = Field(default=10, ge=1)
+    max_length: int = Field(default=512, ge=32)
+    max_restarts: int = Field(default=3, ge=0)
+    num_threads: int = Field(default=2, ge=1)
     test_model: str | None = None
     """Overrides the base model; the ``fake`` profile trains a tiny random model."""
 
@@ -209,7 +217,7 @@ class RaySettings(Section):
     """``None`` starts a local Ray; ``auto`` joins a running cluster."""
     num_cpus: int | None = None
     """Logical CPUs of a local Ray; ``None`` is the machine's count."""
-    object_store_bytes: int = Field(256 * 2**20, ge=80 * 2**20)
+    object_store_bytes: int = Field(default=256 * 2**20, ge=80 * 2**20)
 
 
 class Settings(Section):
@@ -265,13 +273,18 @@ def load_settings(
     """
     if profile not in PROFILES:
         raise ConfigError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
-    merged: dict[str, Any] = {"profile": profile}
-    _merge(merged, _read_profile(profile))
-    if config_file is not None:
-        _merge(merged, _read_yaml(config_file))
-    _merge(merged, _from_environ(os.environ if environ is None else environ))
-    _merge(merged, dict(overrides or {}))
-    return _validate(merged)
+    merged = _read_profile(profile)
+    file = {} if config_file is None else read_yaml(config_file)
+    if file.get("profile", profile) != profile:
+        raise ConfigError(
+            f"profile must be chosen with --profile ({profile}), got {file['profile']!r} in "
+            f"{config_file}"
+        )
+    merge(merged, file)
+    variables = os.environ if environ is None else environ
+    merge(merged, read_environ(Settings, ENV_PREFIX, variables, RESERVED_VARIABLES))
+    merge(merged, overrides or {})
+    return _validate({**merged, "profile": profile})
 
 
 def dump_settings(settings: Settings, *, reveal: bool = False) -> dict[str, Any]:
@@ -299,81 +312,14 @@ def _validate(data: dict[str, Any]) -> Settings:
 def _explain(item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"{path} is not a setting; {_nearest(path)}"
+        nearest = nearest_key(Settings, path)
+        return f"{path} is not a setting; the nearest valid key is {nearest}"
     got = item.get("input")
-    shown = "" if isinstance(got, dict | list) or got is None else f", got {got!r}"
-    return f"{path or 'settings'}: {item['msg']}{shown}"
-
-
-def _nearest(path: str) -> str:
-    match = difflib.get_close_matches(path, sorted(set(_setting_names(Settings))), n=1, cutoff=0.0)
-    return f"the nearest valid key is {match[0]}"
-
-
-def _setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in model.model_fields.items():
-        yield prefix + name
-        section = info.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            yield from _setting_names(section, f"{prefix}{name}.")
-
-
-def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> None:
-    for key, value in update.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
-        elif isinstance(value, Mapping):
-            base[key] = dict(value)
-        else:
-            base[key] = value
+    hidden = isinstance(got, dict | list | BaseModel) or got is None or path.startswith(SECRETS)
+    shown = "" if hidden else f", got {got!r}"
+    return f"{path or 'settings'}: {item['msg'].removeprefix('Value error, ')}{shown}"
 
 
 def _read_profile(profile: str) -> dict[str, Any]:
     text = resources.files("mora_serve").joinpath(f"profiles/{profile}.yaml").read_text("utf-8")
     return yaml.safe_load(text) or {}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text("utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"--config must name a readable file: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} must be YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"--config {path} must hold a mapping, got {type(data).__name__}")
-    return data
-
-
-def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
-    """``MORA_SERVER__PORT=9000`` -> ``{"server": {"port": 9000}}``; values are parsed as YAML."""
-    data: dict[str, Any] = {}
-    for name, text in environ.items():
-        if not name.startswith(ENV_PREFIX) or name == ENV_CONFIG:
-            continue
-        path = name.removeprefix(ENV_PREFIX).lower().split("__")
-        _require_setting(name, path)
-        node = data
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        try:
-            node[path[-1]] = yaml.safe_load(text) if text else None
-        except yaml.YAMLError:
-            node[path[-1]] = text
-    return data
-
-
-def _require_setting(name: str, path: list[str]) -> None:
-    valid = set(_setting_names(Settings))
-    dotted = ".".join(path)
-    if dotted in valid or any(dotted.startswith(f"{leaf}.") for leaf in _mapping_leaves()):
-        return
-    variables = {ENV_PREFIX + key.upper().replace(".", "__"): key for key in valid}
-    nearest = difflib.get_close_matches(name, sorted(variables), n=1, cutoff=0.0)
-    raise ConfigError(f"{name} is not a setting; the nearest valid variable is {nearest[0]}")
-
-
-def _mapping_leaves() -> list[str]:
-    """Settings that are free mappings, below which any key is allowed."""
-    return ["policy.engine", "policy.engine_env", "blobs.options", "method.weights",
-            "method.min_ceiling"]
