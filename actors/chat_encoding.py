@@ -1,0 +1,54 @@
+"""Turns conversations and answers into the tokens that the reward heads were trained on.
+
+The prompt is the model's chat template with the generation prompt at its end; system turns are left
+out, so that the template's own default system turn stands there as it did in training. An answer is
+its text without outer whitespace plus the end-of-turn token. Control tokens spelled out in an answer
+stay plain text, so that an answer cannot end its own turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from mora_serve.errors import ConfigError
+from mora_serve.types import Messages
+
+
+class ChatEncoder:
+    """Encodes with the tokenizer of a model directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+        if not self._tokenizer.chat_template or self._tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"the tokenizer in {directory} must have a chat template and an end-of-turn token"
+            )
+        self._end: int = self._tokenizer.eos_token_id
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """Tokens of the conversation up to where the answer starts."""
+        turns = [
+            {"role": message.role, "content": message.content}
+            for message in messages
+            if message.role != "system"
+        ]
+        text = self._tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=False
+        )
+        tokens: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
+
+    def answers(self, texts: Sequence[str]) -> list[tuple[int, ...] | None]:
+        """Tokens of each answer with the end of its turn; ``None`` for one that is blank."""
+        stripped = [text.strip() for text in texts]
+        if not stripped:
+            return []
+        encoded = self._tokenizer(stripped, add_special_tokens=False, split_special_tokens=True)
+        return [
+            (*tokens, self._end) if text else None
+            for text, tokens in zip(stripped, encoded["input_ids"], strict=True)
+        ]
