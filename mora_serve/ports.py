@@ -214,6 +214,10 @@ class BatchStore(Protocol):
         """A ``validating`` batch that nobody is validating now, or ``None``."""
         ...
 
+    async def renew_validation(self, batch_id: str, worker: str, ttl_s: float) -> bool:
+        """Extend the claim; False when the batch ended or another runner validates it now."""
+        ...
+
     async def open_batch(
         self, batch_id: str, shards: Sequence[tuple[int, int, int, int]], total: int
     ) -> None:

@@ -48,12 +48,19 @@ maxmemory-policy noeviction
 """
 
 _PR_SET_PDEATHSIG = 1
-_TRAMPOLINE = (
-    "import ctypes, os, sys\n"
-    f"ctypes.CDLL(None, use_errno=True).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)}, 0, 0, 0)\n"
-    "if os.getppid() != int(sys.argv[1]): sys.exit(1)\n"
-    "os.execv(sys.argv[2], sys.argv[2:])\n"
-)
+_TRAMPOLINE = f"""
+import ctypes, fcntl, os, sys
+parent, lock, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)}, 0, 0, 0)
+if os.getppid() != parent:
+    sys.exit(1)
+descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+fcntl.flock(descriptor, fcntl.LOCK_EX)
+os.set_inheritable(descriptor, True)
+os.execv(command[0], command)
+"""
+"""Arguments: parent pid, lock file, command. The lock passes into the server, so that a server
+which outlives its parent for a moment keeps a second one from opening the same files."""
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 2.0
 
 
@@ -199,7 +206,8 @@ class RedisServer:
             self.num_restarts += 1
 
     def _run_child(self, command: list[str]) -> int:
-        argv = [sys.executable, "-I", "-S", "-c", _TRAMPOLINE, str(os.getpid()), *command]
+        lock = str(self._directory / "redis.lock")
+        argv = [sys.executable, "-I", "-S", "-c", _TRAMPOLINE, str(os.getpid()), lock, *command]
         self._child = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
         )

@@ -13,11 +13,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mora_serve.config import Settings
+from mora_serve.errors import ConfigError
 from mora_serve.ports import BatchStore, BlobStore, JobStore
 from mora_serve.store.batches import LedgerBatches
+from mora_serve.store.blobs import FsspecBlobs
 from mora_serve.store.memory import MemoryBlobs, MemoryLedger
 from mora_serve.store.memory_jobs import MemoryJobs, MemoryMetrics
 from mora_serve.store.pair_stream import LedgerPairs
+from mora_serve.store.redis_client import RedisClient
+from mora_serve.store.redis_jobs import RedisJobs, RedisMetrics
+from mora_serve.store.redis_store import RedisLedger
 
 __all__ = ["MetricsBoard", "Stores", "open_stores"]
 
@@ -65,10 +70,21 @@ class Stores:
 
 
 def open_stores(settings: Settings) -> Stores:
-    """Stores over ``settings.redis.url`` and ``settings.blobs``; connects on first use.
+    """Stores over ``settings.redis`` and ``settings.blobs``; connects on first use.
 
     Raises ``ConfigError`` when ``redis.url`` is not set: whoever starts the stack resolves it.
     """
-    from mora_serve.store.redis_store import open_redis_stores
-
-    return open_redis_stores(settings)
+    if settings.redis.url is None:
+        raise ConfigError("redis.url must be set; `mora-serve up` starts a server and sets it")
+    client = RedisClient(settings.redis.url.get_secret_value())
+    ledger = RedisLedger(client, settings.redis.key_prefix)
+    root = settings.blobs.url or str(settings.data_dir.absolute() / "blobs")
+    blobs = FsspecBlobs(root, settings.blobs.options)
+    window_s = settings.runner.completion_window_s
+    return Stores(
+        batches=LedgerBatches(ledger, blobs, completion_window_s=window_s),
+        jobs=RedisJobs(client, settings.redis.key_prefix),
+        pairs=LedgerPairs(ledger, blobs),
+        blobs=blobs,
+        metrics=RedisMetrics(client, settings.redis.key_prefix),
+    )

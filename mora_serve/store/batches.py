@@ -28,6 +28,10 @@ from mora_serve.store.steps import (
 PAIRS_PER_PART = 512
 """Pairs in one sealed part: large enough to be few, small enough to be read whole."""
 
+ASSEMBLY_TTL_S = 300.0
+"""Claim on the assembly of a batch's files, which may be gigabytes. Two runners that assemble the
+same batch do no harm, they only work twice."""
+
 STAMPS = (
     "in_progress_at", "finalizing_at", "completed_at", "failed_at", "expired_at",
     "cancelling_at", "cancelled_at",
@@ -154,9 +158,13 @@ class LedgerBatches:
     # runner side
 
     async def claim_validation(self, worker: str, ttl_s: float) -> dict[str, Any] | None:
-        """A batch to validate within ``ttl_s``; call again to renew is not needed when quick."""
+        """A batch to validate within ``ttl_s``, or longer with ``renew_validation``."""
         batch_id = await self._steps.claim_validation(worker, ttl_s)
         return None if batch_id is None else await self.get_batch(batch_id)
+
+    async def renew_validation(self, batch_id: str, worker: str, ttl_s: float) -> bool:
+        """Extend the claim; False when the batch ended or another runner validates it now."""
+        return await self._steps.renew_claim(batch_id, worker, ttl_s)
 
     async def open_batch(
         self, batch_id: str, shards: Sequence[tuple[int, int, int, int]], total: int
@@ -167,7 +175,7 @@ class LedgerBatches:
     async def fail_batch(
         self, batch_id: str, code: str, message: str, line: int | None = None
     ) -> None:
-        """End a batch whose file as a whole is at fault. ``line`` counts from 1 as OpenAI's does."""
+        """End a batch whose file as a whole is at fault. ``line`` counts from 1."""
         error = {"code": code, "message": message, "param": None, "line": line}
         await self._steps.fail(batch_id, error)
 
@@ -217,7 +225,12 @@ class LedgerBatches:
         """Finish every batch that is due; returns the ids that reached a terminal status."""
         finished = []
         while (batch_id := await self._steps.claim_finalize(worker, ttl_s)) is not None:
-            await self._finalize(batch_id, worker, ttl_s)
+            try:
+                await self._finalize(batch_id, worker, ttl_s)
+            except StorageError:
+                # Another runner whose claim had lapsed may have finished and removed the parts.
+                if (await self._state(batch_id)).status not in TERMINAL:
+                    raise
             finished.append(batch_id)
         return finished
 
@@ -263,6 +276,7 @@ class LedgerBatches:
         while (lease := await self._steps.lease_leftover(batch_id, worker, ttl_s)) is not None:
             await self.seal_shard(lease)
         await self.seal_pairs(batch_id, everything=True)
+        await self._steps.renew_claim(batch_id, worker, max(ttl_s, ASSEMBLY_TTL_S))
         shards = await self._steps.sealed_shards(batch_id)
         output = await self._assemble(batch_id, "output", shards, lambda shard: shard.output)
         error = await self._assemble(batch_id, "error", shards, lambda shard: shard.error)

@@ -49,6 +49,7 @@ class _Batch:
     parts: list[PairPart] = field(default_factory=list)
     readers: dict[str, tuple[int, float]] = field(default_factory=dict)
     claim_until: float = 0.0
+    claimer: str = ""
     last_leased: int = 0
     outcome: str = "completed"
 
@@ -148,9 +149,16 @@ class MemoryLedger:
         now = self._clock()
         for batch_id, batch in self._batches.items():
             if batch.state.status == "validating" and batch.claim_until <= now:
-                batch.claim_until = now + ttl_s
+                batch.claim_until, batch.claimer = now + ttl_s, worker
                 return batch_id
         return None
+
+    async def renew_claim(self, batch_id: str, worker: str, ttl_s: float) -> bool:
+        batch = self._batches[batch_id]
+        if batch.state.status in TERMINAL or batch.claimer != worker:
+            return False
+        batch.claim_until = self._clock() + ttl_s
+        return True
 
     async def open_batch(self, batch_id: str, shards: Sequence[ShardSpec], total: int) -> bool:
         batch = self._batches[batch_id]
@@ -258,7 +266,7 @@ class MemoryLedger:
             self._close_if_due(batch, now)
             open_ended = batch.state.closed and batch.state.status not in TERMINAL
             if open_ended and batch.claim_until <= now:
-                batch.claim_until = now + ttl_s
+                batch.claim_until, batch.claimer = now + ttl_s, worker
                 return batch_id
         return None
 
@@ -383,10 +391,7 @@ class MemoryBlobs:
         self._blobs: dict[str, bytes] = {}
 
     async def put(self, key: str, chunks: AsyncIterator[bytes] | bytes) -> int:
-        if isinstance(chunks, bytes):
-            data = chunks
-        else:
-            data = b"".join([chunk async for chunk in chunks])
+        data = chunks if isinstance(chunks, bytes) else b"".join([part async for part in chunks])
         self._blobs[key] = data
         return len(data)
 

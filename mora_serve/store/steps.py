@@ -1,6 +1,6 @@
 """The ledger's atomic steps: what a storage engine must do indivisibly for batches to be durable.
 
-:class:`LedgerSteps` is implemented twice, by :mod:`mora_serve.store.memory` (one process, a lock-free
+:class:`LedgerSteps` is implemented twice, by :mod:`mora_serve.store.memory` (one process, whose
 event loop makes each step atomic) and by :mod:`mora_serve.store.redis_store` (one Lua script or one
 command per step). Everything that needs no atomicity of its own (object shapes, writing parts,
 assembling files) lives above, in :mod:`mora_serve.store.batches` and
@@ -128,6 +128,10 @@ class LedgerSteps(Protocol):
 
     async def backlog(self) -> int: ...
     async def claim_validation(self, worker: str, ttl_s: float) -> str | None: ...
+    async def renew_claim(self, batch_id: str, worker: str, ttl_s: float) -> bool:
+        """Extend a claim on validation or assembly; False when it is someone else's or over."""
+        ...
+
     async def open_batch(self, batch_id: str, shards: Sequence[ShardSpec], total: int) -> bool:
         """False when the batch is no longer ``validating``; nothing changes then."""
         ...
@@ -159,7 +163,7 @@ class LedgerSteps(Protocol):
         ...
 
     async def claim_finalize(self, worker: str, ttl_s: float) -> str | None:
-        """Close batches that are due (all sealed, expired, cancelled without leases) and claim one."""
+        """Close batches that are due (sealed, expired, cancelled without leases); claim one."""
         ...
 
     async def finish(

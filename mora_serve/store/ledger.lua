@@ -1,0 +1,448 @@
+-- The ledger's atomic steps on Redis 6.2 or newer: one call of this script is one step.
+-- KEYS[1] is the key prefix, ARGV[1] the step, the rest its arguments. All keys share the prefix,
+-- so a clustered server has to keep them in one slot. Times are milliseconds by the server's clock.
+--
+--   <p>:active            zset of unfinished batch ids, score = turn of the last lease
+--   <p>:batches           zset of all batch ids in order of creation
+--   <p>:batch:<id>        hash: doc, options, status, counts, stamps (s:), usage (u:), classes (c:)
+--   <p>:batch:<id>:...    shards, free, leased, tokens, holders, rows:<k>, sealed, tail, parts, readers
+--   <p>:<name>:index/docs a collection of JSON documents (files, jobs, events, policies ...)
+
+local prefix = KEYS[1]
+local call = redis.call
+local steps = {}
+
+local clock = call('TIME')
+local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
+local terminal = { completed = true, failed = true, expired = true, cancelled = true }
+
+local function key(id, suffix)
+  local name = prefix .. ':batch:' .. id
+  if suffix then return name .. ':' .. suffix end
+  return name
+end
+
+local function number(value)
+  return tonumber(value or '0') or 0
+end
+
+local function whole(value)
+  return string.format('%.0f', value)
+end
+
+local function enter(id, status)
+  call('HSET', key(id), 'status', status, 's:' .. status .. '_at', clock[1])
+  if terminal[status] then call('ZREM', prefix .. ':active', id) end
+end
+
+local function held(id, shard, token)
+  return call('HGET', key(id, 'holders'), shard) == token
+end
+
+local function take(id, shard, ttl)
+  call('ZREM', key(id, 'free'), shard)
+  local token = call('HINCRBY', key(id, 'tokens'), shard, 1)
+  local expires = now + ttl
+  call('ZADD', key(id, 'leased'), whole(expires), shard)
+  call('HSET', key(id, 'holders'), shard, whole(token))
+  local spec = call('HGET', key(id, 'shards'), shard)
+  return { id, shard, whole(token), whole(expires), spec, call('HKEYS', key(id, 'rows:' .. shard)) }
+end
+
+local function trim(id)
+  local keep = number(call('HGET', key(id), 'pairs_sealed'))
+  local readers = call('HGETALL', key(id, 'readers'))
+  for i = 1, #readers, 2 do
+    local position, till = string.match(readers[i + 1], '^(-?%d+)|(%d+)$')
+    if number(till) > now then
+      keep = math.min(keep, number(position) + 1)
+    else
+      call('HDEL', key(id, 'readers'), readers[i])
+    end
+  end
+  call('XTRIM', key(id, 'tail'), 'MINID', whole(keep + 1))
+end
+
+local function close(id, outcome)
+  call('HSET', key(id), 'closed', '1', 'outcome', outcome, 'claim', '0')
+end
+
+local function close_if_due(id)
+  local state = call('HMGET', key(id), 'status', 'closed', 'expires', 'num_shards')
+  local status = state[1]
+  if state[2] == '1' then return end
+  if status == 'cancelling' then
+    if call('ZCOUNT', key(id, 'leased'), '(' .. whole(now), '+inf') == 0 then
+      close(id, 'cancelled')
+    end
+  elseif number(state[3]) <= now then
+    close(id, 'expired')
+    enter(id, 'finalizing')
+  elseif status == 'in_progress' and call('HLEN', key(id, 'sealed')) == number(state[4]) then
+    close(id, 'completed')
+    enter(id, 'finalizing')
+  end
+end
+
+-- collections: JSON documents in order of insertion
+
+local function put_new(name, id, doc)
+  if call('HSETNX', prefix .. ':' .. name .. ':docs', id, doc) == 0 then return 0 end
+  call('ZADD', prefix .. ':' .. name .. ':index', call('INCR', prefix .. ':counter'), id)
+  return 1
+end
+
+function steps.put(name, id, doc)
+  if put_new(name, id, doc) == 0 then call('HSET', prefix .. ':' .. name .. ':docs', id, doc) end
+  return 1
+end
+
+function steps.put_new(name, id, doc)
+  return put_new(name, id, doc)
+end
+
+function steps.get(name, id)
+  return call('HGET', prefix .. ':' .. name .. ':docs', id)
+end
+
+function steps.remove(name, id)
+  local doc = call('HGET', prefix .. ':' .. name .. ':docs', id)
+  call('HDEL', prefix .. ':' .. name .. ':docs', id)
+  call('ZREM', prefix .. ':' .. name .. ':index', id)
+  return doc
+end
+
+local function page_ids(index, after, limit, ascending)
+  local low, high = '-inf', '+inf'
+  if after ~= '' then
+    local score = call('ZSCORE', index, after)
+    if not score then return false end
+    if ascending == '1' then low = '(' .. score else high = '(' .. score end
+  end
+  if ascending == '1' then
+    return call('ZRANGEBYSCORE', index, low, high, 'LIMIT', 0, limit)
+  end
+  return call('ZREVRANGEBYSCORE', index, high, low, 'LIMIT', 0, limit)
+end
+
+function steps.page(name, after, limit, ascending)
+  local ids = page_ids(prefix .. ':' .. name .. ':index', after, limit, ascending)
+  if not ids then return false end
+  local docs = {}
+  for i, id in ipairs(ids) do docs[i] = call('HGET', prefix .. ':' .. name .. ':docs', id) end
+  return docs
+end
+
+-- batches
+
+function steps.create_batch(id, doc, options, window_ms, idempotency_key, body_hash)
+  if idempotency_key ~= '' then
+    local name = prefix .. ':idempotency:' .. idempotency_key
+    local known = call('HMGET', name, 'id', 'hash')
+    if known[1] then
+      if known[2] ~= body_hash then return { 'conflict', known[1] } end
+      return { 'known', known[1] }
+    end
+    call('HSET', name, 'id', id, 'hash', body_hash)
+    call('PEXPIRE', name, 7 * 24 * 3600 * 1000)
+  end
+  if call('EXISTS', key(id)) == 1 then return { 'known', id } end
+  call('HSET', key(id), 'doc', doc, 'options', options, 'status', 'validating', 'closed', '0',
+    'created', whole(now), 'expires', whole(now + number(window_ms)), 'claim', '0')
+  call('ZADD', prefix .. ':batches', call('INCR', prefix .. ':counter'), id)
+  call('ZADD', prefix .. ':active', call('INCR', prefix .. ':counter'), id)
+  return { 'new', id }
+end
+
+function steps.state(id)
+  return { call('HGETALL', key(id)), whole(now) }
+end
+
+function steps.list_batches(after, limit)
+  local ids = page_ids(prefix .. ':batches', after, limit, '0')
+  if not ids then return false end
+  local states = {}
+  for i, id in ipairs(ids) do states[i] = steps.state(id) end
+  return states
+end
+
+function steps.cancel(id)
+  local status = call('HGET', key(id), 'status')
+  if not status then return 0 end
+  if status == 'validating' or status == 'in_progress' then enter(id, 'cancelling') end
+  return 1
+end
+
+function steps.backlog()
+  local rows = 0
+  for _, id in ipairs(call('ZRANGE', prefix .. ':active', 0, -1)) do
+    local counts = call('HMGET', key(id), 'total', 'completed', 'failed')
+    rows = rows + math.max(1, number(counts[1]) - number(counts[2]) - number(counts[3]))
+  end
+  return rows
+end
+
+function steps.claim_validation(worker, ttl)
+  for _, id in ipairs(call('ZRANGE', prefix .. ':active', 0, -1)) do
+    local state = call('HMGET', key(id), 'status', 'claim')
+    if state[1] == 'validating' and number(state[2]) <= now then
+      call('HSET', key(id), 'claim', whole(now + number(ttl)), 'claimer', worker)
+      return id
+    end
+  end
+  return false
+end
+
+function steps.renew_claim(id, worker, ttl)
+  local state = call('HMGET', key(id), 'status', 'claimer')
+  if not state[1] or terminal[state[1]] or state[2] ~= worker then return 0 end
+  call('HSET', key(id), 'claim', whole(now + number(ttl)))
+  return 1
+end
+
+function steps.open_batch(id, shards, total)
+  if call('HGET', key(id), 'status') ~= 'validating' then return 0 end
+  local specs = cjson.decode(shards)
+  for i, spec in ipairs(specs) do
+    call('HSET', key(id, 'shards'), i - 1, spec)
+    call('ZADD', key(id, 'free'), i - 1, i - 1)
+  end
+  call('HSET', key(id), 'total', total, 'num_shards', #specs, 'claim', '0')
+  enter(id, 'in_progress')
+  return 1
+end
+
+function steps.fail(id, error)
+  if call('HGET', key(id), 'status') ~= 'validating' then return 0 end
+  call('HSET', key(id), 'errors', error, 'closed', '1')
+  enter(id, 'failed')
+  return 1
+end
+
+-- shards
+
+function steps.lease_shard(worker, ttl)
+  local best, fewest
+  for _, id in ipairs(call('ZRANGE', prefix .. ':active', 0, -1)) do
+    local state = call('HMGET', key(id), 'status', 'expires')
+    if state[1] == 'in_progress' and number(state[2]) > now then
+      local live = call('ZCOUNT', key(id, 'leased'), '(' .. whole(now), '+inf')
+      local takeable = call('ZCARD', key(id, 'free')) + call('ZCARD', key(id, 'leased')) - live
+      if takeable > 0 and (not fewest or live < fewest) then best, fewest = id, live end
+      if fewest == 0 then break end
+    end
+  end
+  if not best then return false end
+  local shard = call('ZRANGEBYSCORE', key(best, 'leased'), '-inf', whole(now), 'LIMIT', 0, 1)[1]
+    or call('ZRANGE', key(best, 'free'), 0, 0)[1]
+  call('ZADD', prefix .. ':active', call('INCR', prefix .. ':counter'), best)
+  return take(best, shard, number(ttl))
+end
+
+function steps.lease_leftover(id, worker, ttl)
+  local state = call('HMGET', key(id), 'status', 'closed')
+  if state[2] ~= '1' or terminal[state[1]] then return false end
+  local shard = call('ZRANGE', key(id, 'free'), 0, 0)[1] or call('ZRANGE', key(id, 'leased'), 0, 0)[1]
+  if not shard then return false end
+  return take(id, shard, number(ttl))
+end
+
+function steps.heartbeat(id, shard, token, ttl)
+  if not held(id, shard, token) then return 'lost' end
+  call('ZADD', key(id, 'leased'), whole(now + number(ttl)), shard)
+  if call('HGET', key(id), 'status') == 'in_progress' then return 'ok' end
+  return 'stop'
+end
+
+function steps.release(id, shard, token)
+  if not held(id, shard, token) then return 0 end
+  call('HDEL', key(id, 'holders'), shard)
+  call('ZREM', key(id, 'leased'), shard)
+  call('ZADD', key(id, 'free'), shard, shard)
+  return 1
+end
+
+-- Arguments after `data`: number of pairs, pairs, then (field, increment) of usage and classes.
+function steps.commit_row(id, shard, token, line, kind, data, num_pairs, ...)
+  if not held(id, shard, token) or call('HGET', key(id), 'closed') == '1' then return 'lost' end
+  if call('HSETNX', key(id, 'rows:' .. shard), line, kind .. data) == 0 then return 'repeated' end
+  call('HINCRBY', key(id), kind == 'o' and 'completed' or 'failed', 1)
+  local rest, count = { ... }, number(num_pairs)
+  if count > 0 then
+    local seq = call('HINCRBY', key(id), 'pairs', count) - count
+    for i = 1, count do
+      call('XADD', key(id, 'tail'), whole(seq + i) .. '-0', 'p', rest[i])
+    end
+  end
+  for i = count + 1, #rest, 2 do call('HINCRBY', key(id), rest[i], rest[i + 1]) end
+  return 'committed'
+end
+
+function steps.shard_rows(id, shard)
+  return call('HGETALL', key(id, 'rows:' .. shard))
+end
+
+function steps.seal_shard(id, shard, token, sealed, num_rows)
+  if not held(id, shard, token) then return 'lost' end
+  local rows = call('HLEN', key(id, 'rows:' .. shard))
+  local expected = number(string.match(call('HGET', key(id, 'shards'), shard), '^%d+,(%d+),'))
+  local complete = rows == expected or call('HGET', key(id), 'closed') == '1'
+  if rows ~= number(num_rows) or not complete then return 'changed' end
+  call('HSET', key(id, 'sealed'), shard, sealed)
+  call('DEL', key(id, 'rows:' .. shard))
+  call('HDEL', key(id, 'holders'), shard)
+  call('ZREM', key(id, 'leased'), shard)
+  return 'sealed'
+end
+
+function steps.sealed_shards(id)
+  return call('HGETALL', key(id, 'sealed'))
+end
+
+-- end of a batch
+
+function steps.claim_finalize(worker, ttl)
+  for _, id in ipairs(call('ZRANGE', prefix .. ':active', 0, -1)) do
+    close_if_due(id)
+    local state = call('HMGET', key(id), 'closed', 'claim')
+    if state[1] == '1' and number(state[2]) <= now then
+      call('HSET', key(id), 'claim', whole(now + number(ttl)), 'claimer', worker)
+      return id
+    end
+  end
+  return false
+end
+
+-- Arguments: (field of the batch, file id, file document) per file.
+function steps.finish(id, ...)
+  local state = call('HMGET', key(id), 'status', 'closed', 'outcome')
+  if terminal[state[1]] or state[2] ~= '1' then return state[1] end
+  local files = { ... }
+  for i = 1, #files, 3 do
+    put_new('files', files[i + 1], files[i + 2])
+    call('HSET', key(id), files[i], files[i + 1])
+  end
+  enter(id, state[3])
+  trim(id)
+  call('PEXPIRE', key(id, 'tail'), 3600 * 1000)
+  call('PEXPIRE', key(id, 'readers'), 3600 * 1000)
+  for _, suffix in ipairs({ 'shards', 'free', 'leased', 'tokens', 'holders', 'sealed' }) do
+    call('UNLINK', key(id, suffix))
+  end
+  return state[3]
+end
+
+-- pairs: stream id <seq + 1>-0
+
+function steps.tail(id, after, limit)
+  local low = whole(math.max(number(after) + 2, 1)) .. '-0'
+  return call('XRANGE', key(id, 'tail'), low, '+', 'COUNT', limit)
+end
+
+function steps.tail_length(id)
+  return call('XLEN', key(id, 'tail'))
+end
+
+function steps.add_pair_part(id, first, last, part)
+  local state = call('HMGET', key(id), 'pairs_sealed', 'pairs')
+  if number(state[1]) ~= number(first) or number(last) >= number(state[2]) then return 0 end
+  call('ZADD', key(id, 'parts'), last, part)
+  call('HSET', key(id), 'pairs_sealed', whole(number(last) + 1))
+  trim(id)
+  return 1
+end
+
+function steps.pair_part(id, seq)
+  return call('ZRANGEBYSCORE', key(id, 'parts'), seq, '+inf', 'LIMIT', 0, 1)[1]
+end
+
+function steps.set_reader(id, reader, position, ttl)
+  if call('EXISTS', key(id)) == 0 then return 0 end
+  if position == '' then
+    call('HDEL', key(id, 'readers'), reader)
+  else
+    call('HSET', key(id, 'readers'), reader, position .. '|' .. whole(now + number(ttl)))
+  end
+  trim(id)
+  return 1
+end
+
+-- jobs: a hash of JSON-encoded fields; `terminal_*` are encoded as the fields are
+
+local job_terminal = { ['"succeeded"'] = true, ['"failed"'] = true, ['"cancelled"'] = true }
+
+function steps.create_job(id, ...)
+  local name = prefix .. ':job:' .. id
+  if call('EXISTS', name) == 0 then
+    call('HSET', name, ...)
+    local turn = call('INCR', prefix .. ':counter')
+    call('ZADD', prefix .. ':jobs', turn, id)
+    call('ZADD', prefix .. ':jobs:active', turn, id)
+  end
+  return call('HGETALL', name)
+end
+
+function steps.get_job(id)
+  return call('HGETALL', prefix .. ':job:' .. id)
+end
+
+function steps.list_jobs(after, limit)
+  local ids = page_ids(prefix .. ':jobs', after, limit, '0')
+  if not ids then return false end
+  local jobs = {}
+  for i, id in ipairs(ids) do jobs[i] = steps.get_job(id) end
+  return jobs
+end
+
+function steps.update_job(id, ...)
+  local name = prefix .. ':job:' .. id
+  local status = call('HGET', name, 'status')
+  if not status then return {} end
+  local fields = { ... }
+  for i = 1, #fields, 2 do
+    local settled = fields[i] == 'status' or fields[i] == 'finished_at'
+    if not (job_terminal[status] and settled) then
+      call('HSET', name, fields[i], fields[i + 1])
+    end
+  end
+  if not job_terminal[status] and job_terminal[call('HGET', name, 'status')] then
+    if call('HGET', name, 'finished_at') == 'null' then
+      call('HSET', name, 'finished_at', clock[1])
+    end
+    call('ZREM', prefix .. ':jobs:active', id)
+    call('DEL', name .. ':claim')
+  end
+  return call('HGETALL', name)
+end
+
+function steps.claim_job(worker, ttl)
+  for _, id in ipairs(call('ZRANGE', prefix .. ':jobs:active', 0, -1)) do
+    if call('SET', prefix .. ':job:' .. id .. ':claim', worker, 'PX', ttl, 'NX') then
+      return steps.get_job(id)
+    end
+  end
+  return {}
+end
+
+function steps.heartbeat_job(id, worker, ttl)
+  local name = prefix .. ':job:' .. id
+  if job_terminal[call('HGET', name, 'status')] then return 0 end
+  local holder = call('GET', name .. ':claim')
+  if holder and holder ~= worker then return 0 end
+  call('SET', name .. ':claim', worker, 'PX', ttl)
+  return 1
+end
+
+-- policy versions
+
+function steps.set_policy(id)
+  if call('HEXISTS', prefix .. ':policies:docs', id) == 0 then return -1 end
+  local name = prefix .. ':policy'
+  if call('HGET', name, 'id') ~= id then
+    call('HSET', name, 'id', id)
+    call('HINCRBY', name, 'epoch', 1)
+  end
+  return number(call('HGET', name, 'epoch'))
+end
+
+return steps[ARGV[1]](unpack(ARGV, 2))
