@@ -13,7 +13,17 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from mora_serve.errors import InvalidRequestError
 from mora_serve.requests import BODIES, MAX_SEED, Body, MessageBody, Text, request_error
@@ -67,6 +77,23 @@ def parse(schema: type[ModelT], data: Any) -> ModelT:
         raise request_error(error) from None
 
 
+def _broken(rule: str) -> PydanticCustomError:
+    return PydanticCustomError("rule", "{rule}", {"rule": rule})
+
+
+def _text_or_list(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "string"
+    return "turns" if isinstance(value, list) else None
+
+
+def _either(rule: str) -> Discriminator:
+    """Chooses between text and a list by type, so that errors do not name union branches."""
+    return Discriminator(
+        _text_or_list, custom_error_type="content_type", custom_error_message=rule
+    )
+
+
 # --- chat ---------------------------------------------------------------------------------------
 
 
@@ -81,7 +108,10 @@ class ChatMessage(Body):
     """One turn; ``developer`` is read as ``system``."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Annotated[
+        Annotated[Text, Tag("string")] | Annotated[list[TextPart], Tag("turns")],
+        _either("must be a string or a list of text parts"),
+    ]
     name: Text | None = None
 
     def plain(self) -> MessageBody:
@@ -112,7 +142,13 @@ class ChatRequest(Body):
     top_p: float | None = Field(None, gt=0.0, le=1.0)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    stop: Text | list[Text] | None = None
+    stop: (
+        Annotated[
+            Annotated[Text, Tag("string")] | Annotated[list[Text], Tag("turns")],
+            _either("must be a string or a list of strings"),
+        ]
+        | None
+    ) = None
     seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -138,7 +174,7 @@ class ChatRequest(Body):
     @classmethod
     def _no_penalty(cls, value: float | None) -> float | None:
         if value:
-            raise ValueError("must be 0: penalties are not supported")
+            raise _broken("must be 0: penalties are not supported")
         return value
 
     @field_validator("stop")
@@ -146,7 +182,7 @@ class ChatRequest(Body):
     def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
         stops = [value] if isinstance(value, str) else value or []
         if len(stops) > MAX_STOPS or not all(stops):
-            raise ValueError(f"must hold at most {MAX_STOPS} strings, none of them empty")
+            raise _broken(f"must hold at most {MAX_STOPS} strings, none of them empty")
         return value
 
 
@@ -181,14 +217,14 @@ class BatchRequest(Body):
     @classmethod
     def _known_endpoint(cls, value: str) -> str:
         if value not in BODIES:
-            raise ValueError(f"must be one of {', '.join(sorted(BODIES))}")
+            raise _broken(f"must be one of {', '.join(sorted(BODIES))}")
         return value
 
     @field_validator("completion_window")
     @classmethod
     def _window(cls, value: str) -> str:
         if window_seconds(value) is None:
-            raise ValueError("must be a number of minutes, hours or days such as 30m, 24h or 7d")
+            raise _broken("must be a number of minutes, hours or days such as 30m, 24h or 7d")
         return value
 
 
@@ -203,18 +239,42 @@ def window_seconds(text: str) -> float | None:
 
 # --- fine-tuning --------------------------------------------------------------------------------
 
-Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+def _number_or_auto(value: Any) -> Any:
+    if value is None or value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise _broken('must be "auto" or a number above 0')
+    return value
+
+
+def _integer_or_auto(value: Any) -> Any:
+    if isinstance(value, float):
+        raise _broken('must be "auto" or an integer above 0')
+    return _number_or_auto(value)
+
+
+AutoFloat = Annotated[
+    Any,
+    AfterValidator(_number_or_auto),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "number", "exclusiveMinimum": 0}]}),
+]
+AutoInt = Annotated[
+    Any,
+    AfterValidator(_integer_or_auto),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
+]
 
 
 class DpoHyperparameters(Body):
     """OpenAI's DPO hyperparameters; ``"auto"`` and null take the configured default."""
 
-    beta: PositiveFloat | Auto | None = None
-    batch_size: PositiveInt | Auto | None = None
-    learning_rate_multiplier: PositiveFloat | Auto | None = None
-    n_epochs: PositiveInt | Auto | None = None
+    beta: AutoFloat | None = None
+    batch_size: AutoInt | None = None
+    learning_rate_multiplier: AutoFloat | None = None
+    n_epochs: AutoInt | None = None
 
 
 class DpoMethod(Body):

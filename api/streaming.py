@@ -65,7 +65,8 @@ class StreamResponse(Response):
 
     Starlette's streaming response learns of a disconnect by a failing send, which is too late while
     the source waits for an engine. An exception of the source after the first byte becomes one last
-    chunk, formatted by ``on_error``: the status is already sent.
+    chunk, formatted by ``on_error``: the status is already sent. Without ``on_error`` it breaks the
+    connection off, which a body with a Content-Length needs.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class StreamResponse(Response):
         source: AsyncIterator[bytes],
         media_type: str,
         *,
-        on_error: Callable[[Mapping[str, Any]], bytes],
+        on_error: Callable[[Mapping[str, Any]], bytes] | None = None,
         headers: Mapping[str, str] | None = None,
         on_disconnect: Callable[[], None] | None = None,
     ) -> None:
@@ -114,6 +115,8 @@ class StreamResponse(Response):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except Exception as error:  # noqa: BLE001  the boundary: any fault becomes the last chunk
             problem = problem_of_exception(error, str(scope.get("mora_request_id", "")))
+            if self._on_error is None:
+                raise
             last = self._on_error(problem.body())
             await send({"type": "http.response.body", "body": last, "more_body": True})
         finally:

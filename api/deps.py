@@ -1,0 +1,74 @@
+"""What the routes work with: handed to :func:`api.app.create_app`, kept on the application's state.
+
+Routes get it as a FastAPI dependency (:data:`DepsArg`); nothing here is a module-level singleton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+
+from api.admission import Admission
+from api.telemetry import GatewayMetrics
+from mora_serve.config import Settings
+from mora_serve.ports import Generator, Scorer
+from mora_serve.service import MoraService
+from mora_serve.store import Stores
+
+Readiness = Callable[[], Awaitable[list[str]]]
+"""Reasons why a needed pool is not serving; empty when all serve or may start from zero."""
+
+
+async def _always_ready() -> list[str]:
+    return []
+
+
+@dataclass(frozen=True, slots=True)
+class Deps:
+    """Ports and settings of one gateway replica."""
+
+    service: MoraService
+    generator: Generator
+    scorer: Scorer
+    stores: Stores
+    settings: Settings
+    readiness: Readiness = _always_ready
+    replica: str = "gateway"
+    """Name of this replica in merged metrics."""
+    poll_interval_s: float = 0.5
+    """How often event streams look at the store."""
+    metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Deps plus the admission counters that belong to one application."""
+
+    deps: Deps
+    prompts: Admission
+    uploads: Admission
+
+
+def build_context(deps: Deps) -> Context:
+    """Counters from the server's limits, wired to the metrics."""
+    server = deps.settings.server
+    return Context(
+        deps,
+        Admission(server.max_in_flight_prompts, "prompts", deps.metrics.prompts_in_flight.set),
+        Admission(server.max_uploads, "uploads"),
+    )
+
+
+def _context(request: Request) -> Context:
+    return cast(Context, request.app.state.context)
+
+
+def _deps(request: Request) -> Deps:
+    return _context(request).deps
+
+
+ContextArg = Annotated[Context, Depends(_context)]
+DepsArg = Annotated[Deps, Depends(_deps)]

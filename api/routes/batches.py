@@ -1,0 +1,204 @@
+"""``/v1/batches``: OpenAI's Batch API over the ledger, with the pair stream and progress events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request
+from starlette.responses import Response
+
+from api.bodies import BatchRequest, parse, read_json, window_seconds
+from api.deps import Deps, DepsArg
+from api.openapi import json_body
+from api.parquet import PARQUET, parquet_response
+from api.routes.paging import AfterArg, LimitArg, page
+from api.schemas import Batch, BatchEvent, Page
+from api.streaming import Json, ndjson_line, ndjson_response, sse_event, sse_response
+from mora_serve.errors import ConflictError, InvalidRequestError
+from mora_serve.identity import content_hash
+from mora_serve.requests import parse_body
+
+router = APIRouter(prefix="/v1/batches", tags=["batches"])
+
+TERMINAL = frozenset({"failed", "completed", "expired", "cancelled"})
+MAX_KEY_CHARS = 255
+PAIRS_PER_READ = 256
+
+_SAMPLE_BODIES: dict[str, dict[str, Any]] = {
+    "/v1/diagnostics": {"prompts": ["x"]},
+    "/v1/rewrites": {"prompt": "x"},
+    "/v1/scores": {"rows": [{"prompt": "x", "response": "y"}]},
+}
+"""A minimal row of each endpoint, under which a batch's defaults are checked once."""
+
+
+@router.post("", response_model=Batch, openapi_extra=json_body(BatchRequest))
+async def create_batch(
+    request: Request,
+    deps: DepsArg,
+    idempotency_key: Annotated[str | None, Header(max_length=MAX_KEY_CHARS)] = None,
+) -> Response:
+    """Acknowledge a batch; runners pick it up. The same key and body return the same batch."""
+    data = await read_json(request)
+    body = parse(BatchRequest, data)
+    await _check_input_file(deps, body.input_file_id)
+    if body.defaults:
+        _check_defaults(body.endpoint, body.defaults)
+    options: dict[str, Any] = {
+        "defaults": body.defaults or {},
+        "completion_window_s": window_seconds(body.completion_window),
+    }
+    if body.output_expires_after is not None:
+        options["output_expires_after_s"] = body.output_expires_after.seconds
+    batch = {
+        "endpoint": body.endpoint,
+        "input_file_id": body.input_file_id,
+        "completion_window": body.completion_window,
+        "metadata": body.metadata,
+    }
+    stored = await deps.stores.batches.create_batch(
+        batch, options, idempotency_key, content_hash(data)
+    )
+    return Json(stored)
+
+
+async def _check_input_file(deps: Deps, file_id: str) -> None:
+    file, _ = await deps.stores.batches.get_file(file_id)
+    if file["purpose"] != "batch":
+        raise InvalidRequestError(
+            f"input_file_id must name a file with purpose batch, got {file['purpose']}",
+            "input_file_id",
+            "invalid_file_purpose",
+        )
+
+
+def _check_defaults(endpoint: str, defaults: Mapping[str, Any]) -> None:
+    """Refuse defaults that would fail every row."""
+    sample = _SAMPLE_BODIES[endpoint]
+    clash = sorted((set(sample) | {"stream"}) & set(defaults))
+    if clash:
+        name = f"defaults.{clash[0]}"
+        raise InvalidRequestError(f"{name} must be given by each row", name, "invalid_value")
+    parse_body(endpoint, {**sample, **defaults}, prefix="defaults.")
+
+
+@router.get("", response_model=Page[Batch])
+async def list_batches(deps: DepsArg, after: AfterArg = None, limit: LimitArg = 20) -> Response:
+    """Batches, newest first."""
+    return Json(page(*await deps.stores.batches.list_batches(after=after, limit=limit)))
+
+
+@router.get("/{batch_id}", response_model=Batch)
+async def get_batch(batch_id: str, deps: DepsArg) -> Response:
+    """One batch."""
+    return Json(await deps.stores.batches.get_batch(batch_id))
+
+
+@router.post("/{batch_id}/cancel", response_model=Batch)
+async def cancel_batch(batch_id: str, deps: DepsArg) -> Response:
+    """Ask for cancellation; a finished batch is returned unchanged."""
+    return Json(await deps.stores.batches.cancel_batch(batch_id))
+
+
+@router.get(
+    "/{batch_id}/pairs",
+    response_class=Response,
+    responses={200: {"content": {"application/x-ndjson": {}, PARQUET: {}}}},
+)
+async def read_pairs(
+    batch_id: str,
+    request: Request,
+    deps: DepsArg,
+    after: Annotated[int, Query(ge=-1, le=2**53)] = -1,
+    follow: bool = False,
+    limit: Annotated[int | None, Query(ge=1)] = None,
+) -> Response:
+    """Preference rows in ascending ``seq`` above ``after``; ``follow`` waits for further ones."""
+    batch = await deps.stores.batches.get_batch(batch_id)
+    if "parquet" in request.headers.get("accept", ""):
+        if batch["status"] not in TERMINAL:
+            raise ConflictError(
+                f"Pairs are available as Parquet once the batch is finished; it is "
+                f"{batch['status']}. Read them as application/x-ndjson meanwhile.",
+                None,
+                "batch_not_finished",
+            )
+        rows = _pairs(deps, batch_id, after, follow=False)
+        name = f"{batch_id}-pairs.parquet"
+        return await parquet_response(rows, name, deps.settings.dimensions)
+    lines = _pair_lines(_pairs(deps, batch_id, after, follow), limit)
+    return ndjson_response(lines, on_disconnect=deps.metrics.disconnects.inc)
+
+
+async def _pairs(
+    deps: Deps, batch_id: str, after: int, follow: bool
+) -> AsyncIterator[dict[str, Any]]:
+    if follow:
+        async for pair in deps.stores.pairs.follow(batch_id, after):
+            yield pair
+        return
+    while rows := await deps.stores.pairs.read(batch_id, after, PAIRS_PER_READ):
+        for pair in rows:
+            yield pair
+        after = rows[-1]["seq"]
+
+
+async def _pair_lines(
+    pairs: AsyncIterator[dict[str, Any]], limit: int | None
+) -> AsyncIterator[bytes]:
+    count = 0
+    async for pair in pairs:
+        yield ndjson_line(pair)
+        count += 1
+        if count == limit:
+            return
+
+
+@router.get(
+    "/{batch_id}/events",
+    response_class=Response,
+    responses={200: {"model": BatchEvent, "content": {"text/event-stream": {}}}},
+)
+async def batch_events(batch_id: str, deps: DepsArg) -> Response:
+    """Server-sent progress: one event at once, one per change, and a last one when it is over."""
+    first = await deps.stores.batches.progress(batch_id)
+    return sse_response(
+        _progress_events(deps, batch_id, first), on_disconnect=deps.metrics.disconnects.inc
+    )
+
+
+async def _progress_events(
+    deps: Deps, batch_id: str, progress: dict[str, Any]
+) -> AsyncIterator[bytes]:
+    shown: dict[str, Any] = {}
+    while True:
+        event = progress_event(batch_id, progress)
+        comparable = {**event, "rate": None, "eta_s": None}
+        if comparable != shown:
+            shown = comparable
+            yield sse_event(event, "progress")
+        else:
+            yield b": waiting\n\n"
+        if event["status"] in TERMINAL:
+            return
+        await asyncio.sleep(deps.poll_interval_s)
+        progress = await deps.stores.batches.progress(batch_id)
+
+
+def progress_event(batch_id: str, progress: Mapping[str, Any]) -> dict[str, Any]:
+    """A progress event from what the store counts; ``eta_s`` assumes the rate so far."""
+    counts = progress["request_counts"]
+    rate = progress["rate"]
+    left = counts["total"] - counts["completed"] - counts["failed"]
+    return {
+        "object": "batch.event",
+        "batch_id": batch_id,
+        "status": progress["status"],
+        "request_counts": counts,
+        "classes": progress["classes"],
+        "pairs": progress["pairs"],
+        "rate": rate,
+        "eta_s": left / rate if rate and progress["status"] not in TERMINAL else None,
+    }

@@ -1,0 +1,59 @@
+"""``/v1/models``: the policy versions that can be sampled, the current one first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from api.deps import Deps, DepsArg
+from api.schemas import Model, ModelList
+from api.streaming import Json
+from mora_serve.errors import NotFoundError
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+@router.get("", response_model=ModelList)
+async def list_models(deps: DepsArg) -> Response:
+    """Every version that the generator samples, with what the store knows of it."""
+    return Json({"object": "list", "data": await model_objects(deps)})
+
+
+@router.get("/{model:path}", response_model=Model)
+async def get_model(model: str, deps: DepsArg) -> Response:
+    """One version."""
+    for item in await model_objects(deps):
+        if item["id"] == model:
+            return Json(item)
+    raise unknown_model(model)
+
+
+def unknown_model(name: str) -> NotFoundError:
+    """The 404 of a version that is not served."""
+    return NotFoundError(
+        f"The model '{name[:80]}' does not exist; GET /v1/models lists what does.",
+        "model",
+        "model_not_found",
+    )
+
+
+async def model_objects(deps: Deps) -> list[dict[str, Any]]:
+    """OpenAI's Model objects; extensions say what kind of version each is and whence it came."""
+    names = await deps.generator.models()
+    known = {version["id"]: version for version in await deps.stores.jobs.list_policies()}
+    return [_model(name, known.get(name, {}), index == 0) for index, name in enumerate(names)]
+
+
+def _model(name: str, version: dict[str, Any], current: bool) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(version.get("created") or 0),
+        "owned_by": "mora-serve",
+        "current": current,
+        "kind": version.get("kind") or "base",
+        "parent": version.get("parent"),
+        "job_id": version.get("job_id"),
+    }

@@ -1,0 +1,404 @@
+"""Wire schemas of every response: OpenAI's objects, and ours in their manner.
+
+They document the API (``openapi.json``) and tests check every response against them; responses are
+built by the core and sent without a second validation pass. A field that may be ``null`` says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ItemT = TypeVar("ItemT")
+
+
+class Wire(BaseModel):
+    """Base: a response with a field we did not document is a bug."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ErrorBody(Wire):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(Wire):
+    """OpenAI's error envelope; the body of every response that is not a success."""
+
+    error: ErrorBody
+
+
+class Page(Wire, Generic[ItemT]):
+    """A page of a list, newest first; pass ``last_id`` as ``after`` for the next one."""
+
+    object: Literal["list"]
+    data: list[ItemT]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+# --- chat and models ----------------------------------------------------------------------------
+
+
+class ChatMessageOut(Wire):
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Wire):
+    index: int
+    message: ChatMessageOut
+    finish_reason: Literal["stop", "length"]
+    logprobs: None = None
+
+
+class PromptTokensDetails(Wire):
+    cached_tokens: int
+
+
+class ChatUsage(Wire):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+
+class ChatCompletion(Wire):
+    """``model`` is the policy version that answered."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: ChatUsage
+    system_fingerprint: None = None
+
+
+class ChatDelta(Wire):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Wire):
+    index: int
+    delta: ChatDelta
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: None = None
+
+
+class ChatChunk(Wire):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: ChatUsage | None = None
+    system_fingerprint: None = None
+
+
+class Model(Wire):
+    """A policy version that can be sampled."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    current: bool
+    """Whether requests without a model sample it."""
+    kind: str
+    parent: str | None
+    job_id: str | None
+
+
+class ModelList(Wire):
+    object: Literal["list"]
+    data: list[Model]
+
+
+# --- method -------------------------------------------------------------------------------------
+
+
+class ScoreOut(Wire):
+    value: float | None
+    raw: float | None
+    status: Literal["ok", "failed", "timeout", "truncated"]
+    reason: str | None
+    model: str
+    revision: str
+
+
+class ScoreRowOut(Wire):
+    object: Literal["score"]
+    index: int
+    scores: dict[str, ScoreOut]
+
+
+class ScoresResponse(Wire):
+    object: Literal["list"]
+    data: list[ScoreRowOut]
+
+
+class PromptError(ErrorBody):
+    """Why one prompt has no result while its neighbours may have one."""
+
+
+class RolloutOut(Wire):
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    num_tokens: int
+    scores: dict[str, ScoreOut]
+
+
+class DimensionOut(Wire):
+    mean: float | None
+    spread: float | None
+    ceiling: float | None
+    ceiling_n: int | None
+    floor: float | None
+    n_valid: int
+    posterior_mean: float | None
+    posterior_sd: float | None
+    expected_ceiling: float | None
+    bound: float | None
+    reach: float | None
+    state: str
+    reliability: float | None
+
+
+class DiagnosticOut(Wire):
+    model_config = ConfigDict(
+        extra="forbid", protected_namespaces=(), serialize_by_alias=True, validate_by_name=True
+    )
+
+    object: Literal["diagnostic"]
+    index: int
+    prompt_id: str
+    status: Literal["ok", "failed"]
+    error: PromptError | None
+    prompt_class: str | None = Field(alias="class")
+    class_probability: float | None
+    conflicted: bool | None
+    conflicts: list[list[str]]
+    dimensions: dict[str, DimensionOut]
+    correlation: dict[str, Any] | None
+    pareto: list[int]
+    hypervolume: float | None
+    n_joint: int
+    num_rollouts: int
+    share_cut: float | None
+    warnings: list[str]
+    policy_version: str | None
+    rollouts: list[RolloutOut] | None
+
+
+class WorkUsage(Wire):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    rollouts: int
+    discarded_rollouts: int
+
+
+class DiagnosticsResponse(Wire):
+    object: Literal["list"]
+    data: list[DiagnosticOut]
+    aggregate: dict[str, Any]
+    usage: WorkUsage
+
+
+class Turn(Wire):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class RewardOut(Wire):
+    value: float | None
+    raw: float | None
+
+
+class Pair(Wire):
+    """One preference row; ``seq`` is null outside a batch's stream."""
+
+    seq: int | None
+    prompt_id: str
+    prompt: list[Turn]
+    chosen: list[Turn]
+    rejected: list[Turn]
+    margin: float
+    mode: Literal["simultaneous", "sequential"]
+    stage: str | None
+    chosen_scores: dict[str, RewardOut]
+    rejected_scores: dict[str, RewardOut]
+    policy_version: str
+    provenance: dict[str, Any]
+
+
+# --- files and batches --------------------------------------------------------------------------
+
+
+class FileObject(Wire):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: Literal["batch", "batch_output", "fine-tune", "fine-tune-results"]
+    status: Literal["uploaded", "processed", "error"]
+    expires_at: int | None = None
+    status_details: str | None = None
+
+
+class FileDeleted(Wire):
+    id: str
+    object: Literal["file"]
+    deleted: bool
+
+
+class RequestCounts(Wire):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchErrorOut(Wire):
+    code: str | None
+    message: str | None
+    param: str | None
+    line: int | None
+
+
+class BatchErrors(Wire):
+    object: Literal["list"]
+    data: list[BatchErrorOut]
+
+
+class InputTokensDetails(Wire):
+    cached_tokens: int
+
+
+class OutputTokensDetails(Wire):
+    reasoning_tokens: int
+
+
+class BatchUsage(BaseModel):
+    """Tokens, and further counters of the work under their own names."""
+
+    model_config = ConfigDict(extra="allow")
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class Batch(Wire):
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    errors: BatchErrors | None
+    input_file_id: str
+    completion_window: str
+    status: Literal[
+        "validating", "failed", "in_progress", "finalizing", "completed", "expired",
+        "cancelling", "cancelled",
+    ]  # fmt: skip
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    metadata: dict[str, str] | None
+    usage: BatchUsage | None
+    model: str | None = None
+
+
+class BatchEvent(Wire):
+    """One server-sent progress event of a batch."""
+
+    object: Literal["batch.event"]
+    batch_id: str
+    status: str
+    request_counts: RequestCounts
+    classes: dict[str, int]
+    pairs: int
+    rate: float | None
+    """Rows per second since the batch started."""
+    eta_s: float | None
+    """Seconds until all rows are done at this rate."""
+
+
+# --- fine-tuning --------------------------------------------------------------------------------
+
+
+class FineTuningError(Wire):
+    code: str
+    message: str
+    param: str | None = None
+
+
+class FineTuningJob(Wire):
+    id: str
+    object: Literal["fine_tuning.job"]
+    created_at: int
+    error: FineTuningError | None
+    estimated_finish: int | None
+    fine_tuned_model: str | None
+    finished_at: int | None
+    hyperparameters: dict[str, Any]
+    integrations: list[Any] | None
+    metadata: dict[str, str] | None
+    method: dict[str, Any] | None
+    model: str
+    mora: dict[str, Any] | None
+    organization_id: str
+    result_files: list[str]
+    seed: int
+    status: Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
+    suffix: str | None
+    trained_tokens: int | None
+    training_file: str
+    validation_file: str | None
+
+
+class FineTuningEvent(Wire):
+    id: str
+    object: Literal["fine_tuning.job.event"]
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, Any] | None
+
+
+class FineTuningCheckpoint(Wire):
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"]
+    created_at: int
+    fine_tuned_model_checkpoint: str | None
+    fine_tuning_job_id: str
+    metrics: dict[str, Any]
+    step_number: int
+
+
+# --- health -------------------------------------------------------------------------------------
+
+
+class Health(Wire):
+    status: Literal["ok", "not_ready"]
+    reasons: list[str]
