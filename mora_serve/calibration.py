@@ -1,11 +1,11 @@
 """Calibration: what puts rewards of different models on one scale, and what a pool teaches.
 
-A :class:`Calibrator` is fitted once on rollouts of the base policy to training prompts, then frozen
-for a job, all its stages and its evaluation. Per dimension it turns raw rewards into ``z`` and keeps
-the parameters of the prompt model ``z ~ N(mu_x, sigma^2)``, ``mu_x ~ N(m, tau^2)`` (estimated by
-the method of moments, see :func:`variance_components`). It belongs to exactly one scorer revision
-per dimension and refuses scores of any other. Judging whether a policy has drifted away from the
-pool is not done here.
+A :class:`Calibrator` is fitted once on rollouts of the base policy to training prompts, then
+frozen for a job, all its stages and its evaluation. Per dimension it turns raw rewards into ``z``
+and keeps the parameters of the prompt model ``z ~ N(mu_x, sigma^2)``, ``mu_x ~ N(m, tau^2)``
+(estimated by the method of moments, see :mod:`mora_serve.pool_statistics`). It belongs to exactly
+one scorer revision per dimension and refuses scores of any other. Judging whether a policy has
+drifted away from the pool is not done here.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from numpy.typing import ArrayLike
 
 from mora_serve.errors import CalibrationError
 from mora_serve.identity import content_hash
+from mora_serve.pool_statistics import (
+    grid_quantile,
+    robust_scale,
+    variance_components,
+    within_slope,
+)
 from mora_serve.statistics import Floats, ceiling_constant, is_valid
 from mora_serve.types import Dimension, Rollout, Score, ScoredGroup
 
 CalibrationKind = Literal["robust_z", "quantile", "identity"]
 
-MAD_TO_SIGMA = 1.4826
-"""Standard deviation of a normal over its median absolute deviation."""
-IQR_TO_SIGMA = 1.349
-"""Interquartile range of a normal over its standard deviation."""
 NUM_QUANTILES = 201
 """Points of the stored quantile grid: every half percent, both ends included."""
 REFERENCE_QUANTILE = 5.0
@@ -79,7 +81,7 @@ class DimensionCalibration:
         """Calibrated value of a finite raw reward."""
         if self.kind == "quantile":
             margin = 0.5 / max(2, self.num_rollouts)
-            share = _grid_quantile(self.quantiles, raw)
+            share = grid_quantile(self.quantiles, raw)
             return _STANDARD_NORMAL.inv_cdf(min(max(share, margin), 1 - margin))
         return (raw - self.center) / self.scale
 
@@ -87,7 +89,7 @@ class DimensionCalibration:
         """Position of a calibrated value in the pool, 0 to 100; ties count half."""
         if self.kind == "quantile":
             return 100 * _STANDARD_NORMAL.cdf(z)
-        return 100 * _grid_quantile(self.quantiles, z * self.scale + self.center)
+        return 100 * grid_quantile(self.quantiles, z * self.scale + self.center)
 
     def at_quantile(self, percent: float) -> float:
         """Calibrated value below which ``percent`` (0 to 100) of the pool lies."""
@@ -198,7 +200,7 @@ class Calibrator:
             raise CalibrationError(f"calibrator must have all its fields: {error}") from None
         if data.get("version") != calibrator.version:
             raise CalibrationError(
-                "calibrator.version must be the hash of its content; the file was edited, fit it again"
+                "calibrator.version must be the hash of its content, got another; fit it again"
             )
         return calibrator
 
@@ -297,27 +299,6 @@ def fit_calibrator(
     )
 
 
-def variance_components(samples: Sequence[Floats]) -> tuple[float, float, float]:
-    """``(m, tau, sigma)`` of the one-way random-effects model from unequal group sizes.
-
-    ANOVA estimators (Searle, Casella and McCulloch, *Variance Components*, 1992, section 3.6):
-    ``sigma^2 = MSW``, ``tau^2 = max(0, (MSB - MSW) / n0)`` with
-    ``n0 = (N - sum n_i^2 / N) / (a - 1)``; ``m`` weights prompt means by
-    ``1 / (tau^2 + sigma^2 / n_i)``. Needs two groups, one of them with two values.
-    """
-    sizes = np.array([len(sample) for sample in samples], dtype=np.float64)
-    means = np.array([sample.mean() for sample in samples])
-    total, num_groups = float(sizes.sum()), len(samples)
-    within = sum(float(((sample - sample.mean()) ** 2).sum()) for sample in samples)
-    msw = within / (total - num_groups)
-    grand = float(sizes @ means / total)
-    msb = float(sizes @ (means - grand) ** 2) / (num_groups - 1)
-    n0 = (total - float(sizes @ sizes) / total) / (num_groups - 1)
-    tau2 = max(0.0, (msb - msw) / n0)
-    weights = 1.0 / np.maximum(tau2 + msw / sizes, 1e-12)
-    return float(weights @ means / weights.sum()), math.sqrt(tau2), math.sqrt(msw)
-
-
 def _fit_dimension(
     groups: Sequence[ScoredGroup], dimension: Dimension, kind: CalibrationKind
 ) -> DimensionCalibration:
@@ -352,24 +333,6 @@ def _fit_dimension(
     )  # fmt: skip
 
 
-def robust_scale(raw: Floats, name: str) -> tuple[float, float]:
-    """Median, and ``1.4826 * MAD`` with ``IQR / 1.349`` where MAD is 0.
-
-    Raises :class:`CalibrationError` naming ``name`` when both are 0.
-    """
-    center = float(np.median(raw))
-    scale = MAD_TO_SIGMA * float(np.median(np.abs(raw - center)))
-    if scale <= 0:
-        low, high = np.quantile(raw, [0.25, 0.75])
-        scale = float(high - low) / IQR_TO_SIGMA
-    if scale <= 0:
-        raise CalibrationError(
-            f"rewards on {name} must vary, got MAD 0 and interquartile range 0; use another scorer "
-            "or more varied prompts"
-        )
-    return center, scale
-
-
 def _scored(group: ScoredGroup, dimension: Dimension) -> list[tuple[float, Rollout]]:
     """(raw reward, rollout) of the valid scores; empty when the validity rule is broken."""
     found = []
@@ -397,28 +360,9 @@ def _one_scorer(
 def _length_slope(
     pool: Sequence[Sequence[tuple[float, Rollout]]], samples: Sequence[Floats]
 ) -> float:
-    """Least squares of z on log tokens, both centred within prompts; 0 without length spread."""
-    covariance = variance = 0.0
-    for scored, z in zip(pool, samples, strict=True):
-        logs = np.log([max(1, rollout.completion.num_tokens) for _, rollout in scored])
-        logs = logs - logs.mean()
-        covariance += float(logs @ (z - z.mean()))
-        variance += float(logs @ logs)
-    return covariance / variance if variance > 1e-12 else 0.0
-
-
-def _grid_quantile(grid: Sequence[float], value: float) -> float:
-    """Share of the pool below ``value`` by the stored grid, linear between points, ties halved."""
-    points = np.asarray(grid, dtype=np.float64)
-    low = int(np.searchsorted(points, value, side="left"))
-    high = int(np.searchsorted(points, value, side="right"))
-    last = points.size - 1
-    if low < high:
-        return (low + high - 1) / 2 / last
-    if low == 0 or low > last:
-        return float(low > last)
-    below, above = points[low - 1], points[low]
-    return float((low - 1 + (value - below) / (above - below)) / last)
+    """Slope of z on log completion tokens within prompts."""
+    logs = [np.log([max(1, r.completion.num_tokens) for _, r in scored]) for scored in pool]
+    return within_slope(logs, samples)
 
 
 def _check_scorer(

@@ -137,6 +137,7 @@ def diagnose_group(
     method: MethodSettings,
     dimensions: Sequence[Dimension],
     n: int,
+    *,
     classifier: Classifier | None = None,
 ) -> Diagnostic:
     """Diagnose one calibrated group (:func:`mora_serve.calibration.calibrate_group`).
@@ -187,8 +188,9 @@ def needs_more(diagnostic: Diagnostic, n_max: int | None = None) -> bool:
     """Whether adaptive pre-sampling should draw another round for this prompt.
 
     True while a dimension is undecided, and while one is unmeasurable now but would be measurable
-    within ``n_max`` rollouts. False once ``n_max`` rollouts are drawn, for failed prompts and for
-    ``unknown`` ones: missing scores are not cured by more rollouts.
+    within ``n_max`` rollouts (``None``: the caller bounds the rounds). False once ``n_max``
+    rollouts are drawn, for failed prompts and for ``unknown`` ones: missing scores are not cured
+    by more rollouts.
     """
     if diagnostic.status != "ok" or diagnostic.prompt_class == UNKNOWN:
         return False
@@ -290,7 +292,8 @@ def _warnings(group: ScoredGroup, evidence: Mapping[Dimension, Evidence]) -> tup
 
 def _open(item: DimensionDiagnostic, n_max: int | None) -> bool:
     if item.state == "unmeasurable":
-        return n_max is not None and item.n_measurable is not None and item.n_measurable <= n_max
+        needed = item.n_measurable
+        return needed is not None and (n_max is None or needed <= n_max)
     return item.state == "undecided"
 
 

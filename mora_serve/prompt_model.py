@@ -4,8 +4,8 @@ Per dimension ``z ~ N(mu_x, sigma^2)``, ``mu_x ~ N(m, tau^2)`` with parameters f
 pool (empirical Bayes; their own uncertainty is not carried on). The expected ceiling of a prompt
 at ``n`` rollouts is ``mu_x + c_n * sigma``, so ceilings of groups of any size compare at one ``n``.
 
-Diagnosis shrinks (:func:`posterior`, :func:`reach`). Acceptance does not: it compares two prompts by
-:func:`expected_ceiling_gain` on fresh rollouts, unshrunk, with a Student interval, so that an
+Diagnosis shrinks (:func:`posterior`, :func:`reach`). Acceptance does not: it compares two prompts
+by :func:`expected_ceiling_gain` on fresh rollouts, unshrunk, with a Student interval, so that an
 unchanged prompt is accepted at the stated error rate.
 """
 
@@ -157,7 +157,7 @@ def _welch(a: Floats, b: Floats, fallback_sigma: float) -> tuple[float, float]:
 
 @lru_cache(maxsize=4096)
 def student_quantile(probability: float, freedom: float) -> float:
-    """Quantile of Student's t for ``probability`` in (0, 1), by bisection on :func:`student_cdf`."""
+    """Quantile of Student's t, by bisection on :func:`student_cdf`; ``probability`` in (0, 1)."""
     if not 0 < probability < 1 or freedom < 1:
         raise ValueError(f"need 0 < probability < 1 and freedom >= 1, got {probability}, {freedom}")
     if probability < 0.5:

@@ -1,12 +1,13 @@
 """Statistics of one prompt's rollouts: spread, ceiling, correlation, Pareto front, hypervolume.
 
-Pure functions over finite numbers. Missing scores never reach this module as numbers: callers take
-the valid ones with :func:`valid_values` and :func:`joint_values`. Where a statistic is undefined the
-result is ``None``, never NaN; a NaN or an infinity as input is a ``ValueError``.
+Pure functions over finite numbers. Missing scores never reach this module as numbers: callers
+take the valid ones with :func:`valid_values` and :func:`joint_values`. Where a statistic is
+undefined the result is ``None``, never NaN; a NaN or an infinity as input is a ``ValueError``.
 
-A ceiling is the mean of the best ``ceil(n/4)`` of ``n`` rewards. It grows with ``n``: its expectation
-for ``n`` normal rewards is ``mu + c_n * sigma`` with ``c_4 = 1.03, c_8 = 1.14, c_16 = 1.20``, so
-ceilings compare only at equal ``n`` (:func:`subset_ceiling`, :func:`ceiling_constant`).
+A ceiling is the mean of the best ``ceil(n/4)`` of ``n`` rewards. It grows with ``n``: its
+expectation for ``n`` normal rewards is ``mu + c_n * sigma`` with ``c_4 = 1.03, c_8 = 1.14,
+c_16 = 1.20``, so ceilings compare only at equal ``n`` (:func:`subset_ceiling`,
+:func:`ceiling_constant`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mora_serve.types import Dimension, ScoredGroup
+from mora_serve.types import Dimension, Score, ScoredGroup
 
 Floats = NDArray[np.float64]
 
@@ -272,12 +273,11 @@ def _volume(points: Floats) -> float:
     return float(total)
 
 
-def _value(score: object) -> float | None:
+def _value(score: Score | None) -> float | None:
     """The usable number of a score, or None: only finite values of ok scores count."""
-    value = getattr(score, "value", None)
-    if getattr(score, "status", None) != "ok" or value is None or not math.isfinite(value):
+    if score is None or score.status != "ok" or score.value is None:
         return None
-    return float(value)
+    return score.value if math.isfinite(score.value) else None
 
 
 def _finite(values: ArrayLike) -> Floats:
