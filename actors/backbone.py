@@ -1,13 +1,13 @@
 """The first layers of a language model as a feature extractor for packed answers.
 
-Only the layers that are needed are built and loaded. A forward pass takes the tokens of several packs
-(:mod:`actors.packing`) as one row without padding: linear layers see all tokens at once, while
-attention runs segment by segment, each prompt on itself and each answer on its prompt and itself.
-That equals a block attention mask over the packed row, without its quadratic cost, and makes the
-attention of an answer the same computation whatever shares the pass.
+Only the layers that are needed are built and loaded. A forward pass takes the tokens of several
+packs (:mod:`actors.packing`) as one row without padding: linear layers see all tokens at once,
+while attention runs segment by segment, each prompt on itself and each answer on its prompt and
+itself. That equals a block attention mask over the packed row, without its quadratic cost, and
+makes the attention of an answer the same computation whatever shares the pass.
 
-Rejected: one 4-D mask per padded batch. It multiplies over masked blocks, pads, and its kernel tiles
-by the longest neighbour, so scores moved with the batch in bfloat16.
+Rejected: one 4-D mask per padded batch. It multiplies over masked blocks, pads, and its kernel
+tiles by the longest neighbour, so that rounding in bfloat16 depends on the batch.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def make_row(packs: Sequence[Pack]) -> Row:
 
 
 def _pad_rows(values: torch.Tensor) -> torch.Tensor:
-    """Pad to a multiple of ``ROW_TILE``: matrix kernels round the last, partial tile differently."""
+    """Pad to a multiple of ``ROW_TILE``: kernels may round a last, partial tile differently."""
     return pad(values, (0, -len(values) % ROW_TILE))
 
 
@@ -125,13 +125,13 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
+    _mask: torch.Tensor | None,
     *,
+    scaling: float | None = None,
     packed_row: Row,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a packed row; ``query`` is ``[1, heads, T, d]``, the result ``[1, T, heads, d]``.
+    """Attention of a packed row, ``[1, heads, T, d]`` to ``[1, T, heads, d]``.
 
     Registered with transformers, which passes ``packed_row`` through from the model's call.
     """

@@ -1,9 +1,9 @@
 """Turns conversations and answers into the tokens that the reward heads were trained on.
 
 The prompt is the model's chat template with the generation prompt at its end; system turns are left
-out, so that the template's own default system turn stands there as it did in training. An answer is
-its text without outer whitespace plus the end-of-turn token. Control tokens spelled out in an answer
-stay plain text, so that an answer cannot end its own turn.
+out, so that the template's own default system turn stands there as it did in training. An answer
+is its text without outer whitespace plus the end-of-turn token. Control tokens spelled out in an
+answer stay plain text, so that an answer cannot end its own turn.
 """
 
 from __future__ import annotations

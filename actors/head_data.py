@@ -1,14 +1,14 @@
 """Reads preference data for the reward heads into groups of answers with preference pairs.
 
-A group is one prompt with all answers to it that a task compares, so that the prompt is encoded once.
-Groups carry a *cluster*: folds are drawn over clusters, so that no conversation (by its first user
-turn) and no near-duplicate question is on both sides of a split. Held-out rows are read by
-:func:`read_task` with ``split="test"`` only.
+A group is one prompt with all answers to it that a task compares, so that the prompt is encoded
+once. Groups carry a *cluster*: folds are drawn over clusters, so that no conversation (by its
+first user turn) and no near-duplicate question is on both sides of a split. Held-out rows are read
+by :func:`read_task` with ``split="test"`` only.
 
 Files, by name inside the data directory: ``hh_helpful``, ``hh_harmless`` and optionally
-``hh_helpful_extra`` as ``*.train.jsonl.gz`` / ``*.test.jsonl.gz`` (prompt as turns, chosen, rejected);
-``truthfulqa.csv`` (reference answers, ``cluster``, ``split``); ``truthfulqa_judged.jsonl.gz``
-(question id, answer, ``truthful`` 0 or 1).
+``hh_helpful_extra`` as ``*.train.jsonl.gz`` / ``*.test.jsonl.gz`` (prompt as turns, chosen,
+rejected); ``truthfulqa.csv`` (reference answers, ``cluster``, ``split``);
+``truthfulqa_judged.jsonl.gz`` (question id, answer, ``truthful`` 0 or 1).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Features of training answers, cached on disk so that an interrupted extraction goes on.
 
-Groups are sorted by length and cut into chunks; a chunk's features are one ``.npy`` file named after
-the groups in it and the extractor, written with a rename. What exists is never computed again.
+Groups are sorted by length and cut into chunks; a chunk's features are one ``.npy`` file named
+after the groups in it and the extractor, written with a rename. What exists is never computed
+again.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Plans how answers share the encoding of their prompt, and which packs go into one forward pass.
 
-Pure functions over token ids: nothing here knows a model. A *pack* is ``[prompt | answer | answer …]``
-where every answer attends to the prompt and to itself only, at the positions it would have alone, so
-that packing changes the cost and never the score. A *batch* is several packs in one forward pass.
+Pure functions over token ids: nothing here knows a model. A *pack* is ``[prompt | answer | …]``
+where every answer attends to the prompt and to itself only, at the positions it would have alone,
+so that packing changes the cost and never the score. A *batch* is several packs in one pass.
 
-The rules of length hold per answer, so what a score is computed from never depends on its neighbours:
+The rules of length hold per answer, so what a score is computed from never depends on neighbours:
 
 * prompt plus answer must fit ``max_tokens``;
 * a prompt that does not fit loses its left end, in steps of ``PROMPT_STEP`` tokens, so that answers
