@@ -25,6 +25,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from actors.aio import gather
 from mora_serve.errors import GenerationError, MoraError, OverloadedError, ScoringError
 from mora_serve.ports import CompletionDelta
 from mora_serve.types import (
@@ -87,16 +88,6 @@ async def retrying(
     return await attempt()
 
 
-async def gather(calls: Sequence[Awaitable[T]]) -> list[T]:
-    """Results in order. The first error, or a cancellation, cancels the calls still running."""
-    tasks = [asyncio.ensure_future(item) for item in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
 def chunked(items: Sequence[T], size: int) -> list[list[T]]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
@@ -115,9 +106,7 @@ class ServeGenerator:
         self._max_tries = max_tries
         self._chunk = chunk
 
-    async def generate(
-        self, requests: Sequence[GenerationRequest]
-    ) -> list[Generation | Failure]:
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation | Failure]:
         parts = await gather([self._generate(part) for part in chunked(requests, self._chunk)])
         return [result for part in parts for result in part]
 

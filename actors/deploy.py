@@ -19,7 +19,6 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.adapters import ServeGenerator, ServeScorer
 from actors.generator import GeneratorReplica, PolicyEngine
-from actors.runtime import engine_environment
 from actors.scorer import ScorerReplica
 from mora_serve.config import (
     ReplicaSettings,
@@ -64,7 +63,6 @@ def build_backends(settings: Settings) -> Backends:
         GeneratorDeployment,
         GENERATOR,
         settings.policy.replica,
-        env_vars=engine_environment(settings.policy),
     ).bind(dump)
     scorers = {
         scorer.name: _deployment(
@@ -119,9 +117,7 @@ class GeneratorDeployment(GeneratorReplica):
         from mora_serve.store import open_stores
 
         settings = settings_from_dump(dump)
-        super().__init__(
-            build_engine(settings), open_stores(settings).jobs, settings.policy.model
-        )
+        super().__init__(build_engine(settings), open_stores(settings).jobs, settings.policy.model)
         await self.start()
 
     async def __del__(self) -> None:  # type: ignore[misc]
@@ -219,7 +215,8 @@ def build_engine(settings: Settings) -> PolicyEngine:
         return FakeEngine(settings.policy)
     from actors.vllm_engine import VllmGenerator
 
-    return VllmGenerator(settings.policy, settings.data_dir)
+    directory = settings.data_dir / "models" / settings.policy.model
+    return VllmGenerator(settings.policy, settings.policy.path or str(directory))
 
 
 def build_scorer(settings: Settings, scorer: ScorerSettings) -> Scorer:

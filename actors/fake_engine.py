@@ -1,5 +1,4 @@
-"""The ``fake`` backend of the generator deployment: :class:`~mora_serve.fakes.FakeGenerator` with an
-engine's life cycle."""
+"""The ``fake`` backend of the generator deployment: a fake generator with an engine's life cycle."""
 
 from __future__ import annotations
 
@@ -32,9 +31,7 @@ class FakeEngine:
     async def stop(self) -> None:
         """Nothing to free."""
 
-    async def generate(
-        self, requests: Sequence[GenerationRequest]
-    ) -> list[Generation | Failure]:
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation | Failure]:
         return await self._generator.generate(requests)
 
     def stream(self, request: GenerationRequest) -> AsyncIterator[CompletionDelta]:

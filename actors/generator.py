@@ -99,9 +99,7 @@ class GeneratorReplica:
             self._watcher.cancel()
         await self._engine.stop()
 
-    async def generate(
-        self, requests: Sequence[GenerationRequest]
-    ) -> list[Generation | Failure]:
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation | Failure]:
         return await self._engine.generate(requests)
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[CompletionDelta]:

@@ -1,14 +1,13 @@
 """The scorer replica: merges concurrent calls into batches, and gives each call its time limit.
 
-Calls wait in a queue while the scorer works; when it is free, as many waiting groups as fit into the
-token budget go to it in one pass. There is no waiting for more work: an idle scorer starts at once,
-and batches form by themselves under load. A call that is not done within its time limit gets scores
-of status ``timeout``.
+Calls wait in a queue while the scorer works; when it is free, as many waiting groups as fit into
+the token budget go to it in one pass. There is no waiting for more work: an idle scorer starts at
+once, and batches form by themselves under load. A call that is not done within its time limit gets
+scores of status ``timeout``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 

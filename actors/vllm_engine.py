@@ -1,0 +1,370 @@
+"""The generator port over vLLM's ``AsyncLLM``: the only module that imports vllm.
+
+One request draws all ``n`` samples. Everything that could be at fault in a request is checked
+before the engine sees it, since an error inside the engine ends it for everybody. Policy versions::
+
+    base      the model directory the engine was started with
+    lora      an adapter of the base, chosen per request, so versions are sampled side by side
+    merged    full weights, loaded in place of the base's; then no other version can be sampled
+
+Replacing weights waits for the requests in flight and holds new ones back, so that every completion
+comes from exactly one version.
+
+Seeds: a seed makes the draw of one prompt independent of every other draw. It does not promise equal
+texts: the batch that a request happens to share decides how sums are rounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.aio import Gate, gather
+from actors.generator import PolicyVersion
+from actors.runtime import cpu_engine_environment, environment
+from mora_serve.config import PolicySettings
+from mora_serve.errors import ConfigError, GenerationError, InvalidRequestError, NotFoundError
+from mora_serve.ports import CompletionDelta
+from mora_serve.types import (
+    Completion,
+    Failure,
+    FinishReason,
+    Generation,
+    GenerationRequest,
+    Messages,
+    Sampling,
+)
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+logger = logging.getLogger(__name__)
+
+PROBE_TIMEOUT_S = 20.0
+"""A health probe is answered between two engine steps; slower than this, the engine hangs."""
+MAX_CPU_LORAS = 16
+"""Adapters kept in memory. One that was evicted is read again from its directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One request as the engine takes it."""
+
+    token_ids: list[int]
+    params: SamplingParams
+    lora: LoRARequest | None
+    version: str
+    copies: int
+    """Greedy decoding draws one sample, which is returned this many times."""
+
+
+class VllmGenerator:
+    """A :class:`~actors.generator.PolicyEngine` on vLLM. ``model_dir`` is a directory or hub id."""
+
+    def __init__(self, settings: PolicySettings, model_dir: str) -> None:
+        self._settings = settings
+        self._model_dir = model_dir
+        self._engine: Any = None
+        self._tokenizer: Any = None
+        self._seeded = True
+        self._current = settings.model
+        self._weights = PolicyVersion(settings.model, "base", None)
+        self._adapters: dict[str, LoRARequest] = {}
+        self._adapter_ids = 0
+        self._gate = Gate()
+
+    # --- life cycle -------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the engine's processes and load the model. Blocks the event loop meanwhile: there
+        is nothing else to serve. Raises ``ConfigError`` when the model cannot be served."""
+        from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        on_cpu = current_platform.is_cpu()
+        arguments = engine_arguments(self._settings, self._model_dir, on_cpu=on_cpu)
+        ranks = int(arguments.get("tensor_parallel_size", 1))
+        variables = (
+            cpu_engine_environment(self._settings.engine_env, num_ranks=ranks)
+            if on_cpu
+            else self._settings.engine_env
+        )
+        _require_model(self._model_dir)
+        with environment(variables):
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._tokenizer = self._engine.get_tokenizer()
+        self._seeded = not (on_cpu and arguments["enable_chunked_prefill"])
+        if not self._seeded:
+            logger.warning("seeds are ignored: chunked prefill on CPU ends the engine with them")
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            raise ConfigError(f"policy.path must have a chat template, got {self._model_dir}")
+
+    async def check_health(self) -> None:
+        """Raise ``GenerationError`` when the engine is gone or does not answer."""
+        if self._engine is None or self._engine.errored:
+            raise GenerationError("the engine is not running")
+        try:
+            await asyncio.wait_for(self._engine.is_paused(), PROBE_TIMEOUT_S)
+        except Exception as error:
+            raise GenerationError(f"the engine gave no answer ({type(error).__name__})") from error
+
+    async def stop(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+
+    # --- policy versions --------------------------------------------------------------------------
+
+    async def models(self) -> list[str]:
+        others = [self._weights.id, *self._adapters]
+        return [self._current, *(name for name in others if name != self._current)]
+
+    async def publish(self, versions: Sequence[PolicyVersion], current: str) -> None:
+        """Raises ``GenerationError`` when the current version cannot be loaded; the versions that
+        were served before stay. Another version that cannot be loaded is left out and logged."""
+        by_id = {version.id: version for version in versions}
+        chosen = by_id[current]
+        weights = chosen if chosen.kind != "lora" else self._base()
+        if weights != self._weights:
+            await self._replace_weights(weights)
+        for version in versions if weights.kind == "base" else ():
+            if version.kind == "lora" and version.id not in self._adapters:
+                await self._load_adapter(version, required=version.id == current)
+        for name in set(self._adapters) - set(by_id):
+            await self._engine.remove_lora(self._adapters.pop(name).lora_int_id)
+        self._current = current
+
+    async def _load_adapter(self, version: PolicyVersion, *, required: bool) -> None:
+        from vllm.lora.request import LoRARequest
+
+        self._adapter_ids += 1
+        adapter = LoRARequest(version.id, self._adapter_ids, str(version.uri))
+        try:
+            if not self._settings.lora:
+                raise GenerationError("policy.lora must be true to serve adapters")
+            await self._engine.add_lora(adapter)
+        except Exception as error:
+            if required or self._engine.errored:
+                raise GenerationError(f"policy version {version.id} cannot be loaded") from error
+            logger.error("policy version %s cannot be loaded: %s", version.id, error)
+            return
+        self._adapters[version.id] = adapter
+
+    async def _replace_weights(self, weights: PolicyVersion) -> None:
+        path = weights.uri if weights.uri is not None else self._model_dir
+        async with self._gate.closed():
+            await self._engine.pause_generation(mode="wait", clear_cache=True)
+            try:
+                await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+            except Exception as error:
+                raise GenerationError(f"policy version {weights.id} cannot be loaded") from error
+            finally:
+                await self._engine.resume_generation()
+            self._weights = weights
+            self._adapters.clear()
+            self._current = weights.id
+
+    def _base(self) -> PolicyVersion:
+        return PolicyVersion(self._settings.model, "base", None)
+
+    # --- sampling ---------------------------------------------------------------------------------
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation | Failure]:
+        return await gather(self._generate(request) for request in requests)
+
+    async def _generate(self, request: GenerationRequest) -> Generation | Failure:
+        from vllm.sampling_params import RequestOutputKind
+
+        async with self._gate.open():
+            call = self._prepare(request, RequestOutputKind.FINAL_ONLY)
+            if isinstance(call, Failure):
+                return call
+            try:
+                async with aclosing(self._run(call)) as outputs:
+                    async for output in outputs:
+                        if output.finished:
+                            return _generation(call, output)
+            except InvalidRequestError as error:
+                return Failure(error.code or "invalid_request", error.message, retryable=False)
+        return Failure("generation_failed", "the engine gave no answer", retryable=True)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[CompletionDelta, None]:
+        from vllm.sampling_params import RequestOutputKind
+
+        async with self._gate.open():
+            call = self._prepare(request, RequestOutputKind.DELTA)
+            if isinstance(call, Failure):
+                kind = NotFoundError if call.code == "model_not_found" else InvalidRequestError
+                raise kind(call.message, code=call.code)
+            num_tokens = [0] * request.sampling.n
+            async with aclosing(self._run(call)) as outputs:
+                async for output in outputs:
+                    for delta in _deltas(call, output, num_tokens):
+                        yield delta
+
+    async def _run(self, call: _Call) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs of one call. Leaving the iteration early aborts the request in the engine."""
+        from vllm import TokensPrompt
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        outputs = self._engine.generate(
+            TokensPrompt(prompt_token_ids=call.token_ids),
+            call.params,
+            uuid.uuid4().hex,
+            lora_request=call.lora,
+        )
+        try:
+            async for output in outputs:
+                yield output
+        except VLLMClientError as error:
+            raise InvalidRequestError(
+                f"the engine refused the request ({type(error).__name__})"
+            ) from error
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise GenerationError("the engine failed while it generated") from error
+        finally:
+            await outputs.aclose()
+
+    def _prepare(self, request: GenerationRequest, output_kind: Any) -> _Call | Failure:
+        """The engine's form of a request, or why it has none."""
+        version = request.model or self._current
+        adapter = self._adapters.get(version)
+        if adapter is None and version != self._weights.id:
+            return Failure("model_not_found", "model is not being served", retryable=False)
+        if adapter is not None and not Path(adapter.lora_path).is_dir():
+            return Failure("model_not_found", "model was removed from storage", retryable=False)
+        token_ids = self._encode(request.prompt)
+        if isinstance(token_ids, Failure):
+            return token_ids
+        limit = self._settings.max_model_len
+        if len(token_ids) + request.sampling.max_tokens > limit:
+            return Failure(
+                "context_length_exceeded",
+                f"prompt and max_tokens must fit the context of {limit} tokens, got "
+                f"{len(token_ids)} + {request.sampling.max_tokens}",
+                retryable=False,
+            )
+        greedy = request.sampling.temperature == 0
+        return _Call(
+            token_ids,
+            self._parameters(request.sampling, token_ids, output_kind),
+            adapter,
+            version,
+            copies=request.sampling.n if greedy else 1,
+        )
+
+    def _encode(self, prompt: Messages) -> list[int] | Failure:
+        from jinja2 import TemplateError
+
+        turns = [{"role": turn.role, "content": turn.content} for turn in prompt]
+        try:
+            encoded = self._tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        except TemplateError as error:
+            return Failure("invalid_prompt", f"prompt breaks the chat template: {error}", False)
+        return list(encoded["input_ids"])
+
+    def _parameters(
+        self, sampling: Sampling, token_ids: Sequence[int], output_kind: Any
+    ) -> SamplingParams:
+        from vllm import SamplingParams
+
+        seed = sampling.seed if self._seeded else None
+        return SamplingParams(
+            n=1 if sampling.temperature == 0 else sampling.n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=None if seed is None else engine_seed(seed, token_ids),
+            stop=list(sampling.stop),
+            output_kind=output_kind,
+        )
+
+
+def _require_model(path: str) -> None:
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        raise ConfigError(f"policy.path must be a model directory, got {path}")
+
+
+def engine_arguments(settings: PolicySettings, model: str, *, on_cpu: bool) -> dict[str, Any]:
+    """Keyword arguments of vLLM's ``AsyncEngineArgs``; ``settings.engine`` wins.
+
+    On CPU chunked prefill is off: vLLM 0.32 rewinds the random generator of a seeded request whose
+    prompt was prefilled in part (``Generator.get_offset``), which CPU generators do not support,
+    and the error ends the engine. Without chunks a prompt is prefilled in one step, so the step's
+    token budget must hold the longest one.
+    """
+    arguments: dict[str, Any] = {
+        "model": model,
+        "served_model_name": settings.model,
+        "max_model_len": settings.max_model_len,
+        "enable_lora": settings.lora,
+        "enable_log_requests": False,
+    }
+    if settings.lora:
+        arguments["max_loras"] = settings.max_loras
+        arguments["max_lora_rank"] = settings.max_lora_rank
+        arguments["max_cpu_loras"] = max(MAX_CPU_LORAS, settings.max_loras)
+    if on_cpu:
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(2048, settings.max_model_len)
+        arguments["enforce_eager"] = True
+    return {**arguments, **settings.engine}
+
+
+def engine_seed(seed: int, token_ids: Sequence[int]) -> int:
+    """Seed of the first sample of a prompt; vLLM gives sample ``i`` this plus ``i``.
+
+    Hashed with the prompt, so that neighbouring seeds do not repeat each other's samples (seed 1,
+    sample 0 would be seed 0, sample 1) and different prompts do not share their random numbers.
+    """
+    key = f"{seed}:{','.join(map(str, token_ids))}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2
+
+
+def _generation(call: _Call, output: RequestOutput) -> Generation:
+    drawn = sorted(output.outputs, key=lambda item: item.index)
+    completions = tuple(
+        Completion(item.text, _finish_reason(item.finish_reason), len(item.token_ids))
+        for item in drawn
+    )
+    return Generation(
+        completions * call.copies,
+        call.version,
+        len(call.token_ids),
+        output.num_cached_tokens or 0,
+    )
+
+
+def _deltas(call: _Call, output: RequestOutput, num_tokens: list[int]) -> Iterator[CompletionDelta]:
+    """Pieces of one engine output; ``num_tokens`` counts per completion and is updated."""
+    for piece in output.outputs:
+        for index in range(piece.index, piece.index + call.copies):
+            num_tokens[index] += len(piece.token_ids)
+            reason = piece.finish_reason
+            yield CompletionDelta(
+                text=piece.text,
+                index=index,
+                finish_reason=None if reason is None else _finish_reason(reason),
+                num_tokens=num_tokens[index],
+                num_prompt_tokens=len(call.token_ids),
+                policy_version=call.version,
+            )
+
+
+def _finish_reason(reason: str | None) -> FinishReason:
+    if reason == "stop":
+        return "stop"
+    if reason == "length":
+        return "length"
+    raise GenerationError(f"the engine ended a completion early ({reason})")
