@@ -5,25 +5,26 @@ Routes get it as a FastAPI dependency (:data:`DepsArg`); nothing here is a modul
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
 from api.admission import Admission
+from api.pools import Pool
 from api.telemetry import GatewayMetrics
 from mora_serve.config import Settings
 from mora_serve.ports import Generator, Scorer
 from mora_serve.service import MoraService
 from mora_serve.store import Stores
 
-Readiness = Callable[[], Awaitable[list[str]]]
-"""Reasons why a needed pool is not serving; empty when all serve or may start from zero."""
+Readiness = Callable[[], Awaitable[Mapping[str, Pool]]]
+"""State of every pool that requests need, by name."""
 
 
-async def _always_ready() -> list[str]:
-    return []
+async def _no_pools() -> Mapping[str, Pool]:
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Deps:
     scorer: Scorer
     stores: Stores
     settings: Settings
-    readiness: Readiness = _always_ready
+    readiness: Readiness = _no_pools
     replica: str = "gateway"
     """Name of this replica in merged metrics."""
     poll_interval_s: float = 0.5

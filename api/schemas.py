@@ -241,6 +241,43 @@ class Pair(Wire):
     provenance: dict[str, Any]
 
 
+class Confirmation(Wire):
+    """What fresh rollouts of candidate and original say; acceptance is decided on it alone."""
+
+    gain_lower: float | None
+    gains: dict[str, float | None]
+    kept: dict[str, float | None]
+    kept_lower: dict[str, float | None]
+    num_candidate: int | None
+    num_original: int | None
+
+
+class CandidateOut(Wire):
+    prompt: list[Turn]
+    strategy: str
+    template_hash: str
+    targets: list[str]
+    diagnostic: DiagnosticOut | None
+    selection_gain: float | None
+    """Biased upwards: the best of several is chosen by it."""
+    gain: float | None
+    """Confirmed on fresh rollouts; null for candidates that were not chosen."""
+    confirmation: Confirmation | None
+    accepted: bool
+    reason: str | None
+
+
+class RewriteResponse(Wire):
+    object: Literal["rewrite"]
+    original: DiagnosticOut
+    candidates: list[CandidateOut]
+    accepted: int | None
+    pairs: list[Pair]
+    pairs_from: str | None
+    no_pairs: dict[str, int]
+    usage: WorkUsage
+
+
 # --- files and batches --------------------------------------------------------------------------
 
 
@@ -399,6 +436,13 @@ class FineTuningCheckpoint(Wire):
 # --- health -------------------------------------------------------------------------------------
 
 
-class Health(Wire):
+class Alive(Wire):
+    status: Literal["ok"]
+
+
+class Ready(Wire):
     status: Literal["ok", "not_ready"]
     reasons: list[str]
+    """Why requests cannot be served yet, one per part; empty when they can."""
+    pools: dict[str, str]
+    """Each pool's state, for people."""

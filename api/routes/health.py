@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from api.deps import Deps, DepsArg
 from api.errors import problem_of_exception
-from api.schemas import Health
+from api.schemas import Alive, Ready
 from api.streaming import Json
 from api.telemetry import merge_expositions
 from mora_serve.errors import MoraError
@@ -22,25 +22,23 @@ STORE_TIMEOUT_S = 2.0
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 
 
-@router.get("/livez", response_model=Health)
+@router.get("/livez", response_model=Alive)
 async def livez() -> Response:
     """200 while the process answers."""
-    return Json({"status": "ok", "reasons": []})
+    return Json({"status": "ok"})
 
 
-@router.get("/readyz", response_model=Health, responses={503: {"model": Health}})
+@router.get("/readyz", response_model=Ready, responses={503: {"model": Ready}})
 async def readyz(deps: DepsArg) -> Response:
     """200 when the store answers and every needed pool serves or may start from zero."""
-    reasons = await readiness(deps)
-    if not reasons:
-        return Json({"status": "ok", "reasons": []})
-    return Json({"status": "not_ready", "reasons": reasons}, 503, {"Retry-After": "1"})
-
-
-async def readiness(deps: Deps) -> list[str]:
-    """Why the service is not ready; empty when it is."""
     store, pools = await asyncio.gather(_store_reasons(deps), deps.readiness())
-    return [*store, *pools]
+    reasons = [*store, *(f"{name}: {pool.state}" for name, pool in pools.items() if not pool.ready)]
+    body = {
+        "status": "not_ready" if reasons else "ok",
+        "reasons": reasons,
+        "pools": {name: pool.state for name, pool in pools.items()},
+    }
+    return Json(body, 503, {"Retry-After": "1"}) if reasons else Json(body)
 
 
 async def _store_reasons(deps: Deps) -> list[str]:
