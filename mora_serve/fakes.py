@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import lru_cache
 from statistics import NormalDist
 
+from mora_serve.calibration import NUM_QUANTILES, Calibrator, DimensionCalibration
 from mora_serve.errors import InvalidRequestError, NotFoundError
 from mora_serve.ports import CompletionDelta
 from mora_serve.types import (
@@ -201,7 +202,7 @@ class FakeScorer:
     def _score_group(
         self, group: ScoreGroup, dimensions: Sequence[Dimension]
     ) -> list[dict[Dimension, Score]]:
-        question, stated = split_intents(group.prompt)
+        question, stated = split_intents(group.prompt, self._dimensions)
         prompt_key = _digest(question, *(message.content for message in group.prompt))
         means = {k: hidden_mean(question, stated, k) for k in dimensions}
         conflict = prompt_key[0] < 51
@@ -229,20 +230,24 @@ class FakeScorer:
         return "truncated" if len(group.responses[index].split()) > self._max_tokens else "ok"
 
 
-def split_intents(prompt: Messages) -> tuple[str, frozenset[Dimension]]:
+def split_intents(
+    prompt: Messages, dimensions: Sequence[Dimension]
+) -> tuple[str, frozenset[Dimension]]:
     """The question of a prompt and the dimensions whose intent its other paragraphs state.
 
-    The question is the first paragraph of the last turn without the cue of a known dimension (the
-    first paragraph where all have one). Paragraphs are separated by blank lines.
+    The question is the first paragraph of the last turn without a cue of any dimension (the first
+    paragraph where all have one). Paragraphs are separated by blank lines. A dimension without cues
+    of its own is asked for by its name.
     """
-    content = prompt[-1].content if prompt else ""
-    return _split_intents(content)
+    return _split_intents(prompt[-1].content if prompt else "", tuple(dimensions))
 
 
 @lru_cache(maxsize=4096)
-def _split_intents(content: str) -> tuple[str, frozenset[Dimension]]:
+def _split_intents(
+    content: str, dimensions: tuple[Dimension, ...]
+) -> tuple[str, frozenset[Dimension]]:
     paragraphs = [part.strip() for part in content.split("\n\n") if part.strip()] or [""]
-    cues = [_cued(paragraph) for paragraph in paragraphs]
+    cues = [_cued(paragraph, dimensions) for paragraph in paragraphs]
     position = next((i for i, found in enumerate(cues) if not found), 0)
     stated = [found for i, found in enumerate(cues) if i != position]
     return paragraphs[position], frozenset().union(*stated)
@@ -260,9 +265,27 @@ def raw_scale(dimension: Dimension) -> tuple[float, float]:
     return round(key[0] / 16 - 8, 3), round(0.5 + key[1] / 64, 3)
 
 
-def _cued(paragraph: str) -> frozenset[Dimension]:
+def _cued(paragraph: str, dimensions: tuple[Dimension, ...]) -> frozenset[Dimension]:
     lowered = paragraph.lower()
-    return frozenset(k for k, cues in _CUES.items() if any(cue in lowered for cue in cues))
+    cues = {**_CUES, **{k: (k.lower(),) for k in dimensions if k not in _CUES}}
+    return frozenset(k for k, words in cues.items() if any(word in lowered for word in words))
+
+
+def fake_calibrator(
+    dimensions: Sequence[Dimension] = ("helpful", "harmless", "truthful"),
+) -> Calibrator:
+    """The calibrator of :class:`FakeScorer`, known in closed form: ``z`` is its hidden reward."""
+    shares = [min(max(i / (NUM_QUANTILES - 1), 0.0005), 0.9995) for i in range(NUM_QUANTILES)]
+    fitted = {}
+    for dimension in dimensions:
+        offset, scale = raw_scale(dimension)
+        fitted[dimension] = DimensionCalibration(
+            model=_model(dimension), revision=REVISION, kind="robust_z", center=offset, scale=scale,
+            quantiles=tuple(offset + scale * _NORMAL.inv_cdf(share) for share in shares),
+            m=0.0, tau=TAU, sigma=SIGMA, sigma_within=SIGMA, median_mean=0.0, length_slope=0.0,
+            share_cut=0.02, num_prompts=0, num_rollouts=0,
+        )  # fmt: skip
+    return Calibrator(fitted, policy="fake-policy")
 
 
 def _score(dimension: Dimension, status: ScoreStatus, z: float) -> Score:

@@ -39,8 +39,9 @@ class PairRules:
     tolerance: float = 0.5
     """How much chosen may lose on a protected dimension, in z."""
     length_slopes: Mapping[Dimension, float] | None = None
-    """Slope of z on log tokens by dimension; ``None`` turns length control off. With it a pair whose
-    margin falls below ``min_margin`` once the slope is subtracted is a length-only win: no pair."""
+    """Slope of z on log tokens by dimension; ``None`` turns length control off. With it, a pair
+    whose margin falls below ``min_margin`` once the slope is subtracted is a length-only win: no
+    pair."""
 
     def __post_init__(self) -> None:
         if any(not weight > 0 or math.isinf(weight) for weight in self.weights.values()):
