@@ -57,9 +57,7 @@ def create_app(deps: Deps) -> FastAPI:
     app.add_middleware(
         BodyLimits, max_body_bytes=server.max_body_bytes, max_upload_bytes=server.max_upload_bytes
     )
-    app.add_middleware(
-        Authentication, keys=[key.get_secret_value() for key in server.api_keys]
-    )
+    app.add_middleware(Authentication, keys=[key.get_secret_value() for key in server.api_keys])
     app.add_middleware(RequestContext, metrics=deps.metrics)
     install_error_handlers(app)
 

@@ -52,7 +52,9 @@ async def read_json(request: Request) -> Any:
 def parse_json(data: bytes) -> Any:
     """Parse UTF-8 JSON; ``NaN`` and ``Infinity`` are refused, as RFC 8259 has neither."""
     if not data.strip():
-        raise InvalidRequestError("The request body must be JSON, got nothing.", None, "invalid_json")
+        raise InvalidRequestError(
+            "The request body must be JSON, got nothing.", None, "invalid_json"
+        )
     try:
         return json.loads(data, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
@@ -89,9 +91,7 @@ def _text_or_list(value: Any) -> str | None:
 
 def _either(rule: str) -> Discriminator:
     """Chooses between text and a list by type, so that errors do not name union branches."""
-    return Discriminator(
-        _text_or_list, custom_error_type="content_type", custom_error_message=rule
-    )
+    return Discriminator(_text_or_list, custom_error_type="content_type", custom_error_message=rule)
 
 
 # --- chat ---------------------------------------------------------------------------------------
@@ -116,8 +116,10 @@ class ChatMessage(Body):
 
     def plain(self) -> MessageBody:
         """The turn with its parts joined."""
-        text = self.content if isinstance(self.content, str) else "".join(
-            part.text for part in self.content
+        text = (
+            self.content
+            if isinstance(self.content, str)
+            else "".join(part.text for part in self.content)
         )
         role: Any = "system" if self.role == "developer" else self.role
         return MessageBody(role=role, content=text)

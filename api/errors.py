@@ -137,9 +137,7 @@ def problem_of_exception(error: Exception, request_id: str) -> Problem:
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     place = f"{last.tb_frame.f_code.co_filename}:{last.tb_lineno}" if last else "unknown"
-    logger.error(
-        "request %s failed with %s at %s", request_id, type(error).__qualname__, place
-    )
+    logger.error("request %s failed with %s at %s", request_id, type(error).__qualname__, place)
     return internal_problem(request_id)
 
 
@@ -149,7 +147,12 @@ def envelope_response(problem: Problem) -> Response:
     return Response(content, problem.status, dict(problem.headers), "application/json")
 
 
-_HTTP_CODES = {401: "invalid_api_key", 404: "unknown_url", 405: "method_not_allowed", 413: "body_too_large"}
+_HTTP_CODES = {
+    401: "invalid_api_key",
+    404: "unknown_url",
+    405: "method_not_allowed",
+    413: "body_too_large",
+}
 
 
 def _http_problem(request: Request, error: HTTPException) -> Problem:

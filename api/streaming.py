@@ -129,9 +129,9 @@ class StreamResponse(Response):
 
 def dump_json(value: Any) -> bytes:
     """Compact JSON in UTF-8. NaN and infinities are refused: they are not JSON."""
-    return json.dumps(
-        value, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-    ).encode("utf-8", "replace")
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
+        "utf-8", "replace"
+    )
 
 
 class Json(Response):

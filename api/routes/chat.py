@@ -27,9 +27,7 @@ from mora_serve.types import Failure, Generation, GenerationRequest, Sampling
 router = APIRouter(prefix="/v1/chat", tags=["chat"])
 
 
-@router.post(
-    "/completions", response_model=ChatCompletion, openapi_extra=json_body(ChatRequest)
-)
+@router.post("/completions", response_model=ChatCompletion, openapi_extra=json_body(ChatRequest))
 async def create_chat_completion(request: Request, context: ContextArg) -> Response:
     """Sample ``n`` answers; with ``stream`` as server-sent chunks that end with ``[DONE]``."""
     body = parse(ChatRequest, await read_json(request))
@@ -145,9 +143,7 @@ async def _chunks(
     counts: dict[int, int] = {}
     num_prompt_tokens = 0
     with context.prompts.take(1):
-        deltas = cast(
-            AsyncGenerator[CompletionDelta, None], context.deps.generator.stream(wanted)
-        )
+        deltas = cast(AsyncGenerator[CompletionDelta, None], context.deps.generator.stream(wanted))
         try:
             async for delta in deltas:
                 head["model"] = delta.policy_version or head["model"]

@@ -71,9 +71,7 @@ async def create_scores(request: Request, context: ContextArg) -> Response:
         return Json(await run_while_connected(request, service.score_list(body)))
 
 
-@router.post(
-    REWRITES_URL, response_model=RewriteResponse, openapi_extra=json_body(RewriteRequest)
-)
+@router.post(REWRITES_URL, response_model=RewriteResponse, openapi_extra=json_body(RewriteRequest))
 async def create_rewrite(request: Request, context: ContextArg) -> Response:
     """Diagnose one prompt, rewrite it where its class asks for it, and select pairs."""
     body = await _body(request, REWRITES_URL, RewriteRequest)

@@ -1,0 +1,90 @@
+"""The gateway as a Serve deployment over the engines' handles.
+
+Imported in the replica and by the composition root, never by the application itself: routes know
+ports, not Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from actors.adapters import ServeGenerator, ServeScorer
+from actors.deploy import build_backends
+from api.app import create_app
+from api.deps import Deps
+from api.pools import PoolMonitor
+from mora_serve.calibrators import load_calibrator
+from mora_serve.config import Settings, dump_settings, settings_from_dump
+from mora_serve.service import MoraService
+from mora_serve.store import open_stores
+
+APPLICATION = "mora"
+GATEWAY = "gateway"
+MAX_ONGOING_REQUESTS = 4096
+"""High on purpose: the gateway refuses work by prompts, before Serve would by requests."""
+
+
+class Gateway:
+    """Builds the application once the replica runs: ports need its event loop and handles."""
+
+    def __init__(
+        self,
+        dump: Mapping[str, Any],
+        generator: DeploymentHandle[Any],
+        scorers: Mapping[str, DeploymentHandle[Any]],
+        background: Mapping[str, DeploymentHandle[Any]],
+    ) -> None:
+        # ``background`` workers are bound so that they are deployed with us; nobody calls them.
+        self._settings = settings_from_dump(dump)
+        self._generator = ServeGenerator(generator)
+        self._scorer = ServeScorer(scorers)
+        self._pools = tuple(
+            handle.deployment_name
+            for handle in (generator, *scorers.values(), *background.values())
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201  Serve's hook
+        settings = self._settings
+        service = MoraService(self._generator, self._scorer, load_calibrator(settings), settings)
+        context = serve.get_replica_context()
+        return create_app(
+            Deps(
+                service=service,
+                generator=self._generator,
+                scorer=self._scorer,
+                stores=open_stores(settings),
+                settings=settings,
+                readiness=PoolMonitor(_deployments, self._pools),
+                replica=f"{GATEWAY}-{context.replica_id.unique_id}",
+            )
+        )
+
+
+def _deployments() -> Mapping[str, Any]:
+    application = serve.status().applications.get(APPLICATION)
+    return {} if application is None else application.deployments
+
+
+def build_application(settings: Settings) -> Application:
+    """The whole service as one bound Serve application; starts nothing."""
+    backends = build_backends(settings)
+    deployment = serve.deployment(
+        name=GATEWAY,
+        num_replicas=settings.server.replicas,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        graceful_shutdown_timeout_s=10.0,
+        ray_actor_options={"num_cpus": 0},
+    )(serve.ingress()(Gateway))
+    bound: Application = deployment.bind(
+        dump_settings(settings, reveal=True),
+        backends.generator,
+        dict(backends.scorers),
+        {"runner": backends.runner, "launcher": backends.launcher},
+    )
+    return bound
