@@ -160,6 +160,8 @@ class MethodSettings(Section):
     """Absolute bounds per dimension in z; absent ones default to the pool's median prompt."""
     min_conflict: Probability = 0.3
     strategies: tuple[Literal["compose", "llm", "null"], ...] = ("compose",)
+    rewriter_model: str | None = None
+    """Version that the ``llm`` strategy asks for rewrites; ``None`` is the current policy."""
     num_candidates: int = Field(default=3, ge=1, le=16)
     rewrite_flat: bool = False
     n_confirm: int = Field(default=16, ge=4)

@@ -23,7 +23,7 @@ from mora_serve.acceptance import Decision, choose, decide, selection_gain
 from mora_serve.classification import FLAT, UNKNOWN
 from mora_serve.config import MethodSettings
 from mora_serve.diagnostics import Diagnostic
-from mora_serve.identity import content_hash
+from mora_serve.identity import content_hash, prompt_id
 from mora_serve.pairs import Mode, NoPair, PairRules, select_pairs
 from mora_serve.ports import Candidate, RewriteContext, Rewriter
 from mora_serve.presampling import (
@@ -93,10 +93,11 @@ class RewriteFlow:
 
     async def run(self, prompt: Messages) -> JSON:
         """The ``rewrite`` object. Raises :class:`PromptFailedError` when the prompt fails."""
+        identity = prompt_id(prompt)
         for attempt in range(MAX_VERSION_CHANGES + 1):
             before = self._usage.rollouts
             try:
-                return await self._run(prompt, f"rewrite/{attempt}")
+                return await self._run(prompt, f"rewrite/{identity}/{attempt}")
             except _VersionChangedError:
                 self._usage.discarded_rollouts += self._usage.rollouts - before
         raise PromptFailedError(VERSION_CHANGED)

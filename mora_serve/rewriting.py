@@ -81,7 +81,8 @@ class LlmRewriter:
     async def propose(self, context: RewriteContext, num_candidates: int) -> list[Candidate]:
         """One candidate per sampled answer, equal ones once; unreadable ones are ``drift``.
 
-        Raises :class:`~mora_serve.errors.GenerationError` when the model gives no answers.
+        A request the model refuses (too long for it) is one candidate rejected with its code.
+        Raises :class:`~mora_serve.errors.GenerationError` when the model cannot be reached.
         """
         sampling = Sampling(
             n=num_candidates, temperature=LLM_TEMPERATURE, max_tokens=LLM_MAX_TOKENS,
@@ -89,9 +90,12 @@ class LlmRewriter:
         )  # fmt: skip
         request = GenerationRequest(rewrite_instruction(context), sampling, self._model)
         result = (await self._generator.generate([request]))[0]
-        if isinstance(result, Failure):
-            raise GenerationError(f"the rewriter gave no answer: {result.message}")
         template_hash = content_hash({"strategy": self.name, "instruction": _INSTRUCTION})
+        if isinstance(result, Failure):
+            if result.retryable:
+                raise GenerationError(f"the rewriter gave no answer: {result.message}")
+            refused = Candidate(context.prompt, self.name, template_hash, context.missing)
+            return [replace(refused, rejected=result.code)]
         found: dict[str, Candidate] = {}
         question = context.prompt[-1].content
         for completion in result.completions:

@@ -26,7 +26,7 @@ from mora_serve.concurrency import bounded
 from mora_serve.config import Settings
 from mora_serve.diagnostics import Diagnostic, aggregate, failed_diagnostic
 from mora_serve.errors import GenerationError, InvalidRequestError, NotFoundError, ScoringError
-from mora_serve.identity import content_hash
+from mora_serve.identity import content_hash, prompt_id
 from mora_serve.ports import Generator, Rewriter, Scorer
 from mora_serve.presampling import Plan, PromptFailedError, Sampler, Usage
 from mora_serve.requests import (
@@ -93,7 +93,9 @@ class MoraService:
         self._scorer = scorer
         self._settings = settings
         self._sampler = Sampler(generator, scorer, calibrator, settings.method)
-        self._rewriters: Mapping[str, Rewriter] = build_rewriters(rewriter or generator)
+        self._rewriters: Mapping[str, Rewriter] = build_rewriters(
+            rewriter or generator, settings.method.rewriter_model
+        )
 
     async def start(self) -> None:
         """Check that the calibrator belongs to the scorers; raises ``CalibrationError``."""
@@ -105,15 +107,17 @@ class MoraService:
         :class:`~mora_serve.errors.InvalidRequestError` for limits, unknown dimensions and requests
         without a usable prompt, :class:`~mora_serve.errors.NotFoundError` for unknown models.
         """
+        self._dimensions(request.dimensions)
         if isinstance(request, SamplingBody):
-            await self._plan(request)
-        else:
-            self._dimensions(request.dimensions)
+            self._plan(request)
+            if request.model is not None:
+                await self._require_model(request.model)
         if isinstance(request, DiagnosticsRequest):
             _at_most(len(request.prompts), self._settings.server.max_prompts, "prompts")
             self._require_usable(request.prompts, "prompts")
         elif isinstance(request, ScoresRequest):
             _at_most(len(request.rows), self._settings.server.max_rows, "rows")
+            self._require_usable([row.prompt for row in request.rows], "rows", ".prompt")
         else:
             self._messages(request.prompt, "prompt")
 
@@ -128,7 +132,7 @@ class MoraService:
         request that leaves it null. Closing the iterator cancels what still runs.
         """
         await self.validate(request)
-        plan = await self._plan(request)
+        plan = self._plan(request)
         usage = Usage()
         done: list[Diagnostic] = []
         wanted = _default(request.include_rollouts, include_rollouts)
@@ -194,7 +198,7 @@ class MoraService:
             else:
                 diagnostic = await self._diagnose_given(messages, responses, plan)
         except PromptFailedError as error:
-            diagnostic = failed_diagnostic(_raw_prompt_id(prompt), error.failure)
+            diagnostic = failed_diagnostic(prompt_id(messages), error.failure)
         return _Outcome(index, diagnostic)
 
     async def _diagnose_given(
@@ -202,7 +206,7 @@ class MoraService:
     ) -> Diagnostic:
         completions = [Completion(text, "stop", 0) for text in responses]
         group = await self._sampler.score_completions(prompt, completions, plan.dimensions)
-        return self._sampler.diagnose(group, replace(plan, n=len(responses)))
+        return self._sampler.diagnose(group, plan)
 
     # --- scores ---------------------------------------------------------------------------------
 
@@ -228,7 +232,11 @@ class MoraService:
             window = request.rows[start : start + ROWS_PER_WINDOW]
             groups: dict[Messages, list[int]] = {}
             for index, row in enumerate(window, start):
-                prompt = to_messages(row.prompt, f"rows.{index}.prompt")
+                try:
+                    prompt = to_messages(row.prompt, f"rows.{index}.prompt")
+                except InvalidRequestError as error:
+                    yield partial(self._failed_row, index, str(error), dimensions)
+                    continue
                 groups.setdefault(prompt, []).append(index)
             for prompt, indices in groups.items():
                 yield partial(self._score_rows, request.rows, prompt, indices, dimensions)
@@ -252,6 +260,12 @@ class MoraService:
         ]
         return list(zip(indices, values, strict=True))
 
+    async def _failed_row(
+        self, index: int, reason: str, dimensions: tuple[Dimension, ...]
+    ) -> list[tuple[int, dict[Dimension, Score]]]:
+        served = await self._scorer.dimensions()
+        return [(index, {k: Score("failed", None, None, reason, *served[k]) for k in dimensions})]
+
     # --- rewrites -------------------------------------------------------------------------------
 
     async def rewrite(self, request: RewriteRequest, *, include_rollouts: bool = True) -> JSON:
@@ -260,7 +274,8 @@ class MoraService:
         Raises :class:`~mora_serve.errors.InvalidRequestError` when the prompt is at fault,
         ``GenerationError`` or ``ScoringError`` when the infrastructure is.
         """
-        plan = await self._plan(request)
+        await self.validate(request)
+        plan = self._plan(request)
         prompt = self._messages(request.prompt, "prompt")
         method = self._settings.method
         options = RewriteOptions(
@@ -303,7 +318,7 @@ class MoraService:
 
     # --- checks ---------------------------------------------------------------------------------
 
-    async def _plan(self, request: SamplingBody) -> Plan:
+    def _plan(self, request: SamplingBody) -> Plan:
         defaults = self._settings.sampling
         n = _default(request.n, defaults.n)
         n_max = _default(request.n_max, max(n, defaults.n_max))
@@ -317,8 +332,6 @@ class MoraService:
                 "max_tokens",
                 "invalid_value",
             )
-        if request.model is not None:
-            await self._require_model(request.model)
         return Plan(
             n=n,
             n_max=n_max,
@@ -358,12 +371,12 @@ class MoraService:
     def _messages(self, prompt: PromptBody, param: str) -> Messages:
         return to_messages(prompt, param, self._settings.policy.system_prompt)
 
-    def _require_usable(self, prompts: Sequence[PromptBody], param: str) -> None:
+    def _require_usable(self, prompts: Sequence[PromptBody], param: str, field: str = "") -> None:
         """Raise the first prompt's fault when no prompt is usable."""
         first: InvalidRequestError | None = None
         for index, prompt in enumerate(prompts):
             try:
-                self._messages(prompt, f"{param}.{index}")
+                self._messages(prompt, f"{param}.{index}{field}")
             except InvalidRequestError as error:
                 first = first or error
             else:

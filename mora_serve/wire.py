@@ -57,14 +57,14 @@ def score_row(index: int, scores: Mapping[Dimension, Score]) -> JSON:
     return {"object": "score", "index": index, "scores": scores_json(scores)}
 
 
-def rollout_json(rollout: Rollout) -> JSON:
-    """One rollout. Answers that were given, not sampled, have no token count."""
+def rollout_json(rollout: Rollout, *, sampled: bool = True) -> JSON:
+    """One rollout. An answer that was given has no finish reason and no token count."""
     completion = rollout.completion
     return {
         "index": rollout.index,
         "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "num_tokens": completion.num_tokens,
+        "finish_reason": completion.finish_reason if sampled else None,
+        "num_tokens": completion.num_tokens if sampled else None,
         "scores": scores_json(rollout.scores),
     }
 
@@ -111,13 +111,17 @@ def diagnostic_json(
     include_rollouts: bool,
     error: JSON | None = None,
 ) -> JSON:
-    """One element of ``/v1/diagnostics``; ``rollouts`` is null unless asked for."""
+    """One element of ``/v1/diagnostics``; ``rollouts`` is null unless asked for.
+
+    A group of given answers has the empty policy version; what only sampling knows is then null.
+    """
     if error is None and diagnostic.error is not None:
         error = failure_json(diagnostic.error)
     group = diagnostic.group
+    sampled = bool(diagnostic.policy_version)
     rollouts = None
     if include_rollouts and group is not None:
-        rollouts = [rollout_json(rollout) for rollout in group.rollouts]
+        rollouts = [rollout_json(item, sampled=sampled) for item in group.rollouts]
     return {
         "object": "diagnostic",
         "index": index,
@@ -134,9 +138,9 @@ def diagnostic_json(
         "hypervolume": finite(diagnostic.hypervolume),
         "n_joint": diagnostic.n_joint,
         "num_rollouts": diagnostic.num_rollouts,
-        "share_cut": finite(diagnostic.share_cut),
+        "share_cut": finite(diagnostic.share_cut) if sampled else None,
         "warnings": list(diagnostic.warnings),
-        "policy_version": diagnostic.policy_version,
+        "policy_version": diagnostic.policy_version or None,
         "rollouts": rollouts,
     }
 
