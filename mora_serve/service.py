@@ -27,6 +27,7 @@ from mora_serve.config import Settings
 from mora_serve.diagnostics import Diagnostic, aggregate, failed_diagnostic
 from mora_serve.errors import GenerationError, InvalidRequestError, NotFoundError, ScoringError
 from mora_serve.identity import content_hash, prompt_id
+from mora_serve.planning import Planner, default
 from mora_serve.ports import Generator, Rewriter, Scorer
 from mora_serve.presampling import Plan, PromptFailedError, Sampler, Usage
 from mora_serve.requests import (
@@ -39,7 +40,7 @@ from mora_serve.requests import (
     ScoresRequest,
     to_messages,
 )
-from mora_serve.rewrite_flow import RewriteFlow, RewriteOptions
+from mora_serve.rewrite_flow import RewriteFlow
 from mora_serve.rewriting import build_rewriters
 from mora_serve.types import Completion, Dimension, Failure, Messages, Score
 from mora_serve.wire import JSON
@@ -91,7 +92,8 @@ class MoraService:
     ) -> None:
         self._generator = generator
         self._scorer = scorer
-        self._settings = settings
+        self._method = settings.method
+        self._planner = Planner(settings)
         self._sampler = Sampler(generator, scorer, calibrator, settings.method)
         self._rewriters: Mapping[str, Rewriter] = build_rewriters(
             rewriter or generator, settings.method.rewriter_model
@@ -107,19 +109,9 @@ class MoraService:
         :class:`~mora_serve.errors.InvalidRequestError` for limits, unknown dimensions and requests
         without a usable prompt, :class:`~mora_serve.errors.NotFoundError` for unknown models.
         """
-        self._dimensions(request.dimensions)
-        if isinstance(request, SamplingBody):
-            self._plan(request)
-            if request.model is not None:
-                await self._require_model(request.model)
-        if isinstance(request, DiagnosticsRequest):
-            _at_most(len(request.prompts), self._settings.server.max_prompts, "prompts")
-            self._require_usable(request.prompts, "prompts")
-        elif isinstance(request, ScoresRequest):
-            _at_most(len(request.rows), self._settings.server.max_rows, "rows")
-            self._require_usable([row.prompt for row in request.rows], "rows", ".prompt")
-        else:
-            self._messages(request.prompt, "prompt")
+        self._planner.check(request)
+        if isinstance(request, SamplingBody) and request.model is not None:
+            await self._require_model(request.model)
 
     # --- diagnostics ----------------------------------------------------------------------------
 
@@ -132,10 +124,10 @@ class MoraService:
         request that leaves it null. Closing the iterator cancels what still runs.
         """
         await self.validate(request)
-        plan = self._plan(request)
+        plan = self._planner.plan(request)
         usage = Usage()
         done: list[Diagnostic] = []
-        wanted = _default(request.include_rollouts, include_rollouts)
+        wanted = default(request.include_rollouts, include_rollouts)
         async with aclosing(self._outcomes(request, plan, usage)) as outcomes:
             async for item in outcomes:
                 done.append(replace(item.diagnostic, group=None))
@@ -188,7 +180,7 @@ class MoraService:
         usage: Usage,
     ) -> _Outcome:
         try:
-            messages = self._messages(prompt, f"prompts.{index}")
+            messages = self._planner.messages(prompt, f"prompts.{index}")
         except InvalidRequestError as error:
             failure = Failure(error.code or "invalid_prompt", error.message, retryable=False)
             return _Outcome(index, failed_diagnostic(_raw_prompt_id(prompt), failure), error)
@@ -213,7 +205,7 @@ class MoraService:
     async def score(self, request: ScoresRequest) -> AsyncGenerator[JSON, None]:
         """Score rows as they finish, in any order, each with ``index``; bounded memory."""
         await self.validate(request)
-        dimensions = self._dimensions(request.dimensions)
+        dimensions = self._planner.dimensions(request.dimensions)
         async with aclosing(bounded(self._score_jobs(request, dimensions), 16)) as results:
             async for rows in results:
                 for index, scores in rows:
@@ -275,20 +267,13 @@ class MoraService:
         ``GenerationError`` or ``ScoringError`` when the infrastructure is.
         """
         await self.validate(request)
-        plan = self._plan(request)
-        prompt = self._messages(request.prompt, "prompt")
-        method = self._settings.method
-        options = RewriteOptions(
-            num_candidates=request.candidates or method.num_candidates,
-            strategies=tuple(request.strategies or method.strategies),
-            mode=request.mode or method.mode,
-            n_confirm=request.n_confirm or method.n_confirm,
-            include_rollouts=_default(request.include_rollouts, include_rollouts),
-        )
+        plan = self._planner.plan(request)
+        prompt = self._planner.messages(request.prompt, "prompt")
+        options = self._planner.rewrite_options(request, include_rollouts=include_rollouts)
         usage = Usage()
         flow = RewriteFlow(
             self._sampler, self._rewriters,
-            method=method, plan=plan, options=options, usage=usage,
+            method=self._method, plan=plan, options=options, usage=usage,
         )  # fmt: skip
         try:
             return await flow.run(prompt)
@@ -316,33 +301,6 @@ class MoraService:
                 raise GenerationError(item["error"]["message"])
         return RowResult(body, (), _batch_usage(body["usage"]), body["aggregate"]["classes"])
 
-    # --- checks ---------------------------------------------------------------------------------
-
-    def _plan(self, request: SamplingBody) -> Plan:
-        defaults = self._settings.sampling
-        n = _default(request.n, defaults.n)
-        n_max = _default(request.n_max, max(n, defaults.n_max))
-        n = min(n, n_max)
-        max_tokens = _default(request.max_tokens, defaults.max_tokens)
-        limit = self._settings.policy.max_model_len - 1
-        if max_tokens > limit:
-            raise InvalidRequestError(
-                f"max_tokens must be at most {limit}, the policy's context less one, "
-                f"got {max_tokens}",
-                "max_tokens",
-                "invalid_value",
-            )
-        return Plan(
-            n=n,
-            n_max=n_max,
-            temperature=_default(request.temperature, defaults.temperature),
-            top_p=_default(request.top_p, defaults.top_p),
-            max_tokens=max_tokens,
-            seed=request.seed,
-            model=request.model,
-            dimensions=self._dimensions(request.dimensions),
-        )
-
     async def _require_model(self, model: str) -> None:
         known = await self._generator.models()
         if model not in known:
@@ -351,49 +309,6 @@ class MoraService:
                 "model",
                 "model_not_found",
             )
-
-    def _dimensions(self, asked: Sequence[Dimension] | None) -> tuple[Dimension, ...]:
-        """The dimensions asked for, in the configured order."""
-        known = self._settings.dimensions
-        if asked is None:
-            return known
-        for index, name in enumerate(asked):
-            if name not in known:
-                raise InvalidRequestError(
-                    f"dimensions.{index} must be one of {', '.join(known)}, got {name[:80]!r}",
-                    f"dimensions.{index}",
-                    "unknown_dimension",
-                )
-        if len(set(asked)) != len(asked):
-            raise InvalidRequestError("dimensions must be distinct", "dimensions", "invalid_value")
-        return tuple(name for name in known if name in asked)
-
-    def _messages(self, prompt: PromptBody, param: str) -> Messages:
-        return to_messages(prompt, param, self._settings.policy.system_prompt)
-
-    def _require_usable(self, prompts: Sequence[PromptBody], param: str, field: str = "") -> None:
-        """Raise the first prompt's fault when no prompt is usable."""
-        first: InvalidRequestError | None = None
-        for index, prompt in enumerate(prompts):
-            try:
-                self._messages(prompt, f"{param}.{index}{field}")
-            except InvalidRequestError as error:
-                first = first or error
-            else:
-                return
-        if first is not None:
-            raise first
-
-
-def _default(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _at_most(count: int, limit: int, param: str) -> None:
-    if count > limit:
-        raise InvalidRequestError(
-            f"{param} must hold at most {limit} items, got {count}", param, "invalid_value"
-        )
 
 
 def _outcome_json(item: _Outcome, *, include_rollouts: bool) -> JSON:
