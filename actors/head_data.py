@@ -31,6 +31,8 @@ TASKS = ("helpful", "harmless", "truthful")
 """The heads that are trained, in the order of their rows in the weights."""
 MAX_REFERENCES = 3
 """Correct, and incorrect, reference answers used per question."""
+MAX_JUDGED_PAIRS = 24
+"""Pairs of judged answers used per question."""
 EXTRA = "hh_helpful_extra"
 
 
@@ -124,9 +126,15 @@ def _question(row: dict[str, str], judged: dict[str, bool]) -> Group:
         answers=tuple(answers),
         sets=(
             PairSet("truthfulqa", tuple((a, b) for a in place["correct"] for b in place["wrong"])),
-            PairSet("truthfulqa_judged", tuple((a, b) for a in good for b in bad)),
+            PairSet("truthfulqa_judged", _spread([(a, b) for a in good for b in bad])),
         ),
     )
+
+
+def _spread(pairs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """At most ``MAX_JUDGED_PAIRS`` of the pairs, evenly spaced."""
+    step = max(1, -(-len(pairs) // MAX_JUDGED_PAIRS))
+    return tuple(pairs[::step])
 
 
 def _references(cell: str) -> list[str]:
