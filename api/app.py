@@ -39,7 +39,11 @@ def create_app(deps: Deps) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if deps.publisher is not None:
+            await deps.publisher.start()
         yield
+        if deps.publisher is not None:
+            await deps.publisher.stop()
         await deps.stores.aclose()
 
     app = FastAPI(

@@ -1,9 +1,9 @@
 """Request bodies: reading JSON, and the schemas of the resources that only the gateway knows.
 
 Diagnostics, scores and rewrites are :mod:`mora_serve.requests`' (batch rows share them); chat,
-files, batches and fine-tuning jobs are defined here, with OpenAI's field names. A field of OpenAI's
-API that changes nothing here is accepted (``user``, ``store`` ...); one that would change the answer
-and is not supported is refused by name, so that nobody believes it had an effect.
+files, batches and fine-tuning jobs are defined here, with OpenAI's field names. A field of
+OpenAI's API that changes nothing here is accepted (``user``, ``store`` ...); one that would change
+the answer and is not supported is refused by name, so that nobody believes it had an effect.
 """
 
 from __future__ import annotations

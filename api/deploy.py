@@ -1,4 +1,4 @@
-"""``python -m api.deploy``: the composition root that serves the application until it is told to stop.
+"""``python -m api.deploy``: the composition root; serves the application until a signal.
 
 ::
 
@@ -78,12 +78,12 @@ def check(settings: Settings) -> None:
     """Refuse to start what cannot work, before anything is started."""
     require_port_free(settings.server.host, settings.server.port)
     policy = settings.policy
-    if policy.backend != "fake" and policy.path is not None and policy.path.startswith("/"):
-        if not (Path(policy.path) / "config.json").is_file():
-            raise StackError(
-                f"policy.path must be a model directory, got {policy.path} (no config.json in "
-                "it); see: mora-serve models prepare"
-            )
+    local = policy.path is not None and policy.path.startswith("/")
+    if policy.backend != "fake" and local and not Path(policy.path or "", "config.json").is_file():
+        raise StackError(
+            f"policy.path must be a model directory, got {policy.path} (no config.json in it); "
+            "see: mora-serve models prepare"
+        )
     require_redis(settings)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from actors.metrics import MetricsPublisher
 from api.admission import Admission
 from api.pools import Pool
 from api.telemetry import GatewayMetrics
@@ -42,6 +43,8 @@ class Deps:
     poll_interval_s: float = 0.5
     """How often event streams look at the store."""
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
+    publisher: MetricsPublisher | None = None
+    """Posts our metrics for other gateway replicas' ``/metrics``; run while the app runs."""
 
 
 @dataclass(frozen=True, slots=True)

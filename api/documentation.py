@@ -6,9 +6,9 @@ from fastapi import FastAPI
 
 from api.app import create_app
 from api.deps import Deps
+from mora_serve.calibrators import load_calibrator
 from mora_serve.config import load_settings
 from mora_serve.fakes import FakeGenerator, FakeScorer
-from mora_serve.calibrators import load_calibrator
 from mora_serve.service import MoraService
 from mora_serve.store import Stores
 

@@ -1,8 +1,8 @@
 """The one table from exceptions to HTTP: OpenAI's error envelope, status and headers.
 
 Every response of the gateway that is not a success passes through :func:`envelope_response`. Bad
-input is 400, never 422 and never 500; an unhandled exception becomes a 500 that names the request id
-and nothing else. Messages never carry a stack trace or prompt text.
+input is 400, never 422 and never 500; an unhandled exception becomes a 500 that names the request
+id and nothing else. Messages never carry a stack trace or prompt text.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Problem:
         }
 
 
-_CLIENT_ERRORS: tuple[tuple[type[InvalidRequestError], int, str, str | None, dict[str, str]], ...] = (
+_ClientRow = tuple[type[InvalidRequestError], int, str, str | None, dict[str, str]]
+_CLIENT_ERRORS: tuple[_ClientRow, ...] = (
     (UnauthorizedError, 401, "authentication_error", "invalid_api_key",
      {"WWW-Authenticate": "Bearer"}),
     (BodyTooLargeError, 413, "invalid_request_error", "body_too_large", {}),
@@ -103,8 +104,8 @@ def problem_of(error: Exception) -> Problem | None:
         seconds = max(1, math.ceil(error.retry_after_s))
         return Problem(429, str(error), "rate_limit_error", None, "overloaded",
                        {"Retry-After": str(seconds)})  # fmt: skip
-    for kind, code, default in _UNAVAILABLE:
-        if isinstance(error, kind):
+    for unavailable, code, default in _UNAVAILABLE:
+        if isinstance(error, unavailable):
             return Problem(503, str(error) or default, "service_unavailable", None, code,
                            {"Retry-After": str(RETRY_UNAVAILABLE_S)})  # fmt: skip
     if isinstance(error, ConfigError):

@@ -16,9 +16,11 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.adapters import ServeGenerator, ServeScorer
 from actors.deploy import build_backends
+from actors.metrics import MetricsPublisher
 from api.app import create_app
 from api.deps import Deps
-from api.pools import PoolMonitor
+from api.pools import CheckedPools, PoolMonitor
+from api.telemetry import GatewayMetrics
 from mora_serve.calibrators import load_calibrator
 from mora_serve.config import Settings, dump_settings, settings_from_dump
 from mora_serve.service import MoraService
@@ -49,19 +51,27 @@ class Gateway:
             for handle in (generator, *scorers.values(), *background.values())
         )
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201  Serve's hook
+    def __serve_build_asgi_app__(self) -> FastAPI:
         settings = self._settings
+        # Asking a scorer that may start from zero for its revision would start it.
+        idle = any(scorer.replica.min_replicas == 0 for scorer in settings.scorers)
         service = MoraService(self._generator, self._scorer, load_calibrator(settings), settings)
-        context = serve.get_replica_context()
+        stores = open_stores(settings)
+        metrics = GatewayMetrics()
+        name = f"{GATEWAY}-{serve.get_replica_context().replica_id.unique_id}"
         return create_app(
             Deps(
                 service=service,
                 generator=self._generator,
                 scorer=self._scorer,
-                stores=open_stores(settings),
+                stores=stores,
                 settings=settings,
-                readiness=PoolMonitor(_deployments, self._pools),
-                replica=f"{GATEWAY}-{context.replica_id.unique_id}",
+                readiness=CheckedPools(
+                    PoolMonitor(_deployments, self._pools), None if idle else service.start
+                ),
+                replica=name,
+                metrics=metrics,
+                publisher=MetricsPublisher(stores.metrics, name, metrics.registry),
             )
         )
 

@@ -61,7 +61,7 @@ async def parquet_response(
     try:
         await _write(path, pairs, dimensions)
     except BaseException:
-        path.unlink(missing_ok=True)
+        await asyncio.to_thread(path.unlink, missing_ok=True)
         raise
     return FileResponse(
         path, media_type=PARQUET, filename=filename, background=BackgroundTask(path.unlink)

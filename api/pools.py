@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
+
+from mora_serve.errors import MoraError
 
 CACHE_S = 0.5
 """How long one status answers probes."""
@@ -86,3 +88,26 @@ class PoolMonitor:
             return {"serve": Pool(False, "the controller does not answer")}
         missing = {name: Pool(False, "not deployed yet") for name in self._expected}
         return {**missing, **states}
+
+
+class CheckedPools:
+    """Pool states, and once all pools serve a check that must pass once (calibrator and scorers)."""
+
+    def __init__(
+        self,
+        pools: Callable[[], Awaitable[dict[str, Pool]]],
+        check: Callable[[], Awaitable[None]] | None,
+    ) -> None:
+        self._pools = pools
+        self._check = check
+
+    async def __call__(self) -> dict[str, Pool]:
+        states = await self._pools()
+        if self._check is None or not all(pool.ready for pool in states.values()):
+            return states
+        try:
+            await self._check()
+        except MoraError as error:
+            return {**states, "calibrator": Pool(False, str(error))}
+        self._check = None
+        return states

@@ -1,7 +1,8 @@
 """Long answers and clients that leave: cancellation on disconnect, NDJSON and server-sent events.
 
 A request that waits for generation races its work against the client's disconnect; when the client
-leaves, the work is cancelled, which frees the generation. Streams do the same and close their source.
+leaves, the work is cancelled, which frees the generation. Streams do the same and close their
+source.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class ClientGoneError(Exception):
 
 
 async def run_while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Result of ``work``; cancels it and raises ``ClientGoneError`` when the client leaves first."""
+    """Result of ``work``; cancels it and raises ``ClientGoneError`` if the client leaves first."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnected(request.receive))
     try:
@@ -113,7 +114,7 @@ class StreamResponse(Response):
         try:
             async for chunk in self._source:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        except Exception as error:  # noqa: BLE001  the boundary: any fault becomes the last chunk
+        except Exception as error:
             problem = problem_of_exception(error, str(scope.get("mora_request_id", "")))
             if self._on_error is None:
                 raise

@@ -71,8 +71,8 @@ _SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(\{.*\})? (.+)$")
 def merge_expositions(texts: Mapping[str, str]) -> str:
     """One exposition text from many: ``texts`` maps a replica name to what it published.
 
-    Every sample gets the label ``replica``; ``HELP`` and ``TYPE`` of a family appear once. Lines that
-    are not exposition format are dropped, so that one broken publisher cannot break the page.
+    Every sample gets the label ``replica``; ``HELP`` and ``TYPE`` of a family appear once. Lines
+    that are not exposition format are dropped, so that one broken publisher cannot break the page.
     """
     headers: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}

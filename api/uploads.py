@@ -1,7 +1,7 @@
-"""Multipart uploads read as a stream: the file goes to its consumer as it arrives, never to memory.
+"""Multipart uploads read as a stream: the file goes on as it arrives and never sits in memory.
 
-The parser is pulled: whoever consumes :meth:`Upload.file_chunks` (the blob store) makes it read more
-of the request, so a slow disk slows the client and nothing piles up in between.
+The parser is pulled: whoever consumes :meth:`Upload.file_chunks` (the blob store) makes it read
+more of the request, so a slow disk slows the client and nothing piles up in between.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ async def cancel_batch(batch_id: str, deps: DepsArg) -> Response:
     response_class=Response,
     responses={200: {"content": {"application/x-ndjson": {}, PARQUET: {}}}},
 )
-async def read_pairs(
+async def read_pairs(  # noqa: PLR0917  FastAPI passes keywords
     batch_id: str,
     request: Request,
     deps: DepsArg,

@@ -23,7 +23,7 @@ from api.schemas import FileDeleted, FileObject, Page
 from api.streaming import ClientGoneError, Json, StreamResponse
 from api.uploads import Upload
 from api.uris import resolve_uri
-from mora_serve.errors import InvalidRequestError, NotFoundError, StorageError
+from mora_serve.errors import InvalidRequestError, StorageError
 from mora_serve.identity import new_id
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -80,11 +80,14 @@ async def _upload(request: Request, context: Context, content_type: str) -> dict
 async def _register(deps: Deps, body: FileRegistration) -> dict[str, Any]:
     location = resolve_uri(body.uri, deps.settings.server.file_uri_prefixes)
     try:
-        num_bytes = await deps.stores.blobs.size(location)
-    except (NotFoundError, StorageError, FileNotFoundError):
+        found = await deps.stores.blobs.exists(location)
+    except StorageError:
+        found = False
+    if not found:
         raise InvalidRequestError(
             "uri must name an existing file that the service can read.", "uri", "file_not_found"
-        ) from None
+        )
+    num_bytes = await deps.stores.blobs.size(location)
     file = _file_object(_file_id(), num_bytes, location.rsplit("/", 1)[-1], body.purpose)
     await deps.stores.batches.put_file(file, location)
     return file

@@ -11,9 +11,9 @@ What the gateway stores and the trainer reads (``trainer/job.py``) is one object
      "mora": {"mode", "dimensions", "lora", "lora_rank", "max_steps", "max_length",
               "checkpoint_steps", "make_current"}}      # only the keys that were given
 
-``training_file`` may name a batch: its pairs are then trained on while it still runs. The store fills
-in the remaining fields of the object; the trainer alone changes ``status`` after ``queued``, apart
-from cancellation. Events and checkpoints are what the trainer adds, with OpenAI's fields.
+``training_file`` may name a batch: its pairs are then trained on while it still runs. The store
+fills in the remaining fields of the object; the trainer alone changes ``status`` after ``queued``,
+apart from cancellation. Events and checkpoints are what the trainer adds, with OpenAI's fields.
 """
 
 from __future__ import annotations
