@@ -227,8 +227,12 @@ class BatchStore(Protocol):
     async def fail_batch(
         self, batch_id: str, code: str, message: str, line: int | None = None
     ) -> None: ...
-    async def lease_shard(self, worker: str, ttl_s: float) -> Lease | None:
-        """A shard of some running batch, fair between batches; ``None`` when nothing is open."""
+    async def lease_shard(
+        self, worker: str, ttl_s: float, exclude: Sequence[str] = ()
+    ) -> Lease | None:
+        """A shard of some running batch, fair between batches; ``None`` when nothing is open.
+
+        Batches whose id is in ``exclude`` are passed over."""
         ...
 
     async def heartbeat(self, lease: Lease, ttl_s: float) -> bool:

@@ -1,41 +1,40 @@
 """Files, batches and the ledger over any :class:`~mora_serve.store.steps.LedgerSteps`.
 
-Owns the OpenAI object shapes and everything that writes blobs: sealing a shard into parts, sealing
-pairs in ``seq`` order, and assembling a finished batch's files. Each of these may be repeated or
-interrupted at any point: parts are named by shard and token or by ``seq`` range, and only an atomic
-step makes them count.
+Owns sealing a shard into parts and assembling a finished batch's files. Both may be repeated or
+interrupted at any point: parts are named by shard and token, and only an atomic step makes them
+count. Pairs are numbered across shards, so they are sealed apart from them, by
+:mod:`mora_serve.store.pair_stream`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mora_serve.errors import LeaseLostError, NotFoundError, StorageError
+from mora_serve.errors import ConflictError, StorageError
 from mora_serve.identity import new_id
 from mora_serve.ports import BlobStore, Lease, RowCommit
+from mora_serve.store.pair_stream import LedgerPairs
+from mora_serve.store.shapes import (
+    STAMPS,
+    batch_object,
+    counts,
+    lease_lost,
+    no_such,
+    usage_object,
+)
 from mora_serve.store.steps import (
     TERMINAL,
     BatchState,
     LedgerSteps,
-    PairPart,
     SealedShard,
     StoredRow,
 )
 
-PAIRS_PER_PART = 512
-"""Pairs in one sealed part: large enough to be few, small enough to be read whole."""
-
 ASSEMBLY_TTL_S = 300.0
 """Claim on the assembly of a batch's files, which may be gigabytes. Two runners that assemble the
 same batch do no harm, they only work twice."""
-
-STAMPS = (
-    "in_progress_at", "finalizing_at", "completed_at", "failed_at", "expired_at",
-    "cancelling_at", "cancelled_at",
-)  # fmt: skip
 
 
 class LedgerBatches:
@@ -46,6 +45,7 @@ class LedgerBatches:
     ) -> None:
         self._steps = steps
         self._blobs = blobs
+        self._pairs = LedgerPairs(steps, blobs)
         self._window_s = completion_window_s
 
     async def ping(self) -> None:
@@ -79,7 +79,18 @@ class LedgerBatches:
         return files[:limit], len(files) > limit
 
     async def delete_file(self, file_id: str) -> None:
-        """Forget a file and delete its bytes. Registered URIs outside the store are left alone."""
+        """Forget a file and delete its bytes. Registered URIs outside the store are left alone.
+
+        Raises ``ConflictError`` while an unfinished batch reads the file.
+        """
+        for state in await self._steps.unfinished():
+            if state.doc["input_file_id"] == file_id:
+                raise ConflictError(
+                    f"file {file_id} must not be deleted while batch {state.doc['id']} reads it; "
+                    f"cancel the batch first",
+                    "file_id",
+                    "file_in_use",
+                )
         blob = await self._steps.delete_file(file_id)
         if blob is None:
             raise no_such("file", file_id, "file_id")
@@ -179,9 +190,11 @@ class LedgerBatches:
         error = {"code": code, "message": message, "param": None, "line": line}
         await self._steps.fail(batch_id, error)
 
-    async def lease_shard(self, worker: str, ttl_s: float) -> Lease | None:
-        """An unsealed shard of the running batch with the fewest leases."""
-        return await self._steps.lease_shard(worker, ttl_s)
+    async def lease_shard(
+        self, worker: str, ttl_s: float, exclude: Sequence[str] = ()
+    ) -> Lease | None:
+        """An unsealed shard of the running batch with the fewest leases, none of ``exclude``."""
+        return await self._steps.lease_shard(worker, ttl_s, exclude)
 
     async def heartbeat(self, lease: Lease, ttl_s: float) -> bool:
         """Extend the lease; False asks the runner to stop."""
@@ -195,7 +208,7 @@ class LedgerBatches:
         await self._steps.release(lease)
 
     async def commit_row(self, lease: Lease, row: RowCommit) -> bool:
-        """Record one row with its pairs in one atomic step, then seal pairs that fill a part."""
+        """Record one row with its pairs in one atomic step."""
         if (row.output is None) == (row.error is None):
             raise ValueError("exactly one of output and error must be set")
         answer = await self._steps.commit_row(lease, row)
@@ -209,7 +222,7 @@ class LedgerBatches:
         sealed = await self._write_parts(lease, rows)
         answer = await self._steps.seal_shard(lease, sealed, len(rows))
         if answer == "sealed":
-            await self.seal_pairs(lease.batch_id)
+            await self._pairs.seal(lease.batch_id)
             return
         for key in (sealed.output, sealed.error):
             if key is not None and answer == "changed":
@@ -236,25 +249,6 @@ class LedgerBatches:
 
     # sealing and assembly
 
-    async def seal_pairs(self, batch_id: str, *, everything: bool = False) -> None:
-        """Move pairs from the tail into parts, in ``seq`` order and whole parts at a time.
-
-        ``everything`` also seals the last, partly filled part (for closed batches).
-        """
-        while True:
-            state = await self._state(batch_id)
-            waiting = state.pairs - state.pairs_sealed
-            if waiting == 0 or (waiting < PAIRS_PER_PART and not everything):
-                return
-            first = state.pairs_sealed
-            pairs = await self._steps.tail(batch_id, first - 1, min(waiting, PAIRS_PER_PART))
-            if not pairs or pairs[0]["seq"] != first:
-                continue
-            last = pairs[-1]["seq"]
-            key = f"batches/{batch_id}/pairs/{first:012d}-{last:012d}.jsonl"
-            await self._blobs.put(key, json_lines(pairs))
-            await self._steps.add_pair_part(batch_id, PairPart(first, last, key))
-
     async def _state(self, batch_id: str) -> BatchState:
         state = await self._steps.get_state(batch_id)
         if state is None:
@@ -275,7 +269,7 @@ class LedgerBatches:
     async def _finalize(self, batch_id: str, worker: str, ttl_s: float) -> None:
         while (lease := await self._steps.lease_leftover(batch_id, worker, ttl_s)) is not None:
             await self.seal_shard(lease)
-        await self.seal_pairs(batch_id, everything=True)
+        await self._pairs.seal(batch_id, everything=True)
         await self._steps.renew_claim(batch_id, worker, max(ttl_s, ASSEMBLY_TTL_S))
         shards = await self._steps.sealed_shards(batch_id)
         output = await self._assemble(batch_id, "output", shards, lambda shard: shard.output)
@@ -312,57 +306,3 @@ class LedgerBatches:
             "status_details": None,
         }
         return file, blob
-
-
-def batch_object(state: BatchState) -> dict[str, Any]:
-    """OpenAI's Batch object: every field present, unused ones null, ``request_counts`` never."""
-    errors = {"object": "list", "data": state.errors} if state.errors else None
-    return {
-        **state.doc,
-        "errors": errors,
-        "status": state.status,
-        "output_file_id": state.output_file_id,
-        "error_file_id": state.error_file_id,
-        **{stamp: state.stamps.get(stamp) for stamp in STAMPS},
-        "request_counts": counts(state),
-        "usage": usage_object(state.usage),
-    }
-
-
-def counts(state: BatchState) -> dict[str, int]:
-    """OpenAI's ``request_counts``."""
-    return {"total": state.total, "completed": state.completed, "failed": state.failed}
-
-
-def usage_object(usage: Mapping[str, int]) -> dict[str, Any]:
-    """OpenAI's batch ``usage`` from flat counters; further counters are appended as they are."""
-    read, written = usage.get("input_tokens", 0), usage.get("output_tokens", 0)
-    known = ("input_tokens", "output_tokens", "cached_tokens", "total_tokens")
-    return {
-        "input_tokens": read,
-        "input_tokens_details": {"cached_tokens": usage.get("cached_tokens", 0)},
-        "output_tokens": written,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": read + written,
-        **{name: number for name, number in sorted(usage.items()) if name not in known},
-    }
-
-
-def json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """JSON Lines with a newline after every row."""
-    return b"".join(
-        json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for row in rows
-    )
-
-
-def no_such(kind: str, object_id: str, param: str) -> NotFoundError:
-    """The error for an id that is not stored."""
-    return NotFoundError(f"No {kind} found with id '{object_id}'.", param, f"{kind}_not_found")
-
-
-def lease_lost(lease: Lease) -> LeaseLostError:
-    """The error for work that came too late."""
-    return LeaseLostError(
-        f"the lease on shard {lease.shard} of {lease.batch_id} must be held by {lease.worker} "
-        f"(token {lease.token}), but the shard was taken over or closed"
-    )

@@ -5,7 +5,8 @@
 --   <p>:active            zset of unfinished batch ids, score = turn of the last lease
 --   <p>:batches           zset of all batch ids in order of creation
 --   <p>:batch:<id>        hash: doc, options, status, counts, stamps (s:), usage (u:), classes (c:)
---   <p>:batch:<id>:...    shards, free, leased, tokens, holders, rows:<k>, sealed, tail, parts, readers
+--   <p>:batch:<id>:...    shards, free, leased, tokens, holders, rows:<k>, sealed, tail, parts,
+--                         readers
 --   <p>:<name>:index/docs a collection of JSON documents (files, jobs, events, policies ...)
 
 local prefix = KEYS[1]
@@ -182,6 +183,12 @@ function steps.backlog()
   return rows
 end
 
+function steps.unfinished()
+  local states = {}
+  for i, id in ipairs(call('ZRANGE', prefix .. ':active', 0, -1)) do states[i] = steps.state(id) end
+  return states
+end
+
 function steps.claim_validation(worker, ttl)
   for _, id in ipairs(call('ZRANGE', prefix .. ':active', 0, -1)) do
     local state = call('HMGET', key(id), 'status', 'claim')
@@ -221,11 +228,14 @@ end
 
 -- shards
 
-function steps.lease_shard(worker, ttl)
+-- Arguments after `ttl`: ids of batches to pass over.
+function steps.lease_shard(worker, ttl, ...)
   local best, fewest
+  local excluded = {}
+  for _, id in ipairs({ ... }) do excluded[id] = true end
   for _, id in ipairs(call('ZRANGE', prefix .. ':active', 0, -1)) do
     local state = call('HMGET', key(id), 'status', 'expires')
-    if state[1] == 'in_progress' and number(state[2]) > now then
+    if state[1] == 'in_progress' and number(state[2]) > now and not excluded[id] then
       local live = call('ZCOUNT', key(id, 'leased'), '(' .. whole(now), '+inf')
       local takeable = call('ZCARD', key(id, 'free')) + call('ZCARD', key(id, 'leased')) - live
       if takeable > 0 and (not fewest or live < fewest) then best, fewest = id, live end
@@ -367,7 +377,7 @@ function steps.set_reader(id, reader, position, ttl)
   return 1
 end
 
--- jobs: a hash of JSON-encoded fields; `terminal_*` are encoded as the fields are
+-- jobs: a hash of JSON-encoded fields
 
 local job_terminal = { ['"succeeded"'] = true, ['"failed"'] = true, ['"cancelled"'] = true }
 

@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from mora_serve.errors import ConflictError, NotFoundError, StorageError
+from mora_serve.errors import StorageError
 from mora_serve.ports import Lease, RowCommit
+from mora_serve.store.shapes import bad_cursor, idempotency_conflict
 from mora_serve.store.steps import (
     READER_TTL_S,
     TERMINAL,
@@ -145,6 +146,10 @@ class MemoryLedger:
             if state.status not in TERMINAL
         )
 
+    async def unfinished(self) -> list[BatchState]:
+        batches = self._batches.values()
+        return [self._snapshot(b) for b in batches if b.state.status not in TERMINAL]
+
     async def claim_validation(self, worker: str, ttl_s: float) -> str | None:
         now = self._clock()
         for batch_id, batch in self._batches.items():
@@ -181,12 +186,16 @@ class MemoryLedger:
 
     # shards
 
-    async def lease_shard(self, worker: str, ttl_s: float) -> Lease | None:
+    async def lease_shard(
+        self, worker: str, ttl_s: float, exclude: Sequence[str] = ()
+    ) -> Lease | None:
         now = self._clock()
         running = [
             batch
-            for batch in self._batches.values()
-            if batch.state.status == "in_progress" and now < batch.expires_at
+            for batch_id, batch in self._batches.items()
+            if batch.state.status == "in_progress"
+            and now < batch.expires_at
+            and batch_id not in exclude
         ]
         running.sort(key=lambda b: (sum(s.leased(now) for s in b.shards), b.last_leased))
         for batch in running:
@@ -432,17 +441,3 @@ def _page(items: list[T], key: Callable[[T], str], after: str | None, limit: int
         if key(item) == after:
             return items[index + 1 : index + 1 + limit]
     raise bad_cursor(after)
-
-
-def bad_cursor(after: str) -> NotFoundError:
-    """The error for a page cursor that names nothing."""
-    return NotFoundError(f"after must be the id of a listed object, got '{after}'", "after")
-
-
-def idempotency_conflict() -> ConflictError:
-    """The error for an idempotency key that was used for another request."""
-    return ConflictError(
-        "Idempotency-Key must not be reused for a different request.",
-        "Idempotency-Key",
-        "idempotency_key_reused",
-    )

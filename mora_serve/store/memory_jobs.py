@@ -8,8 +8,7 @@ from typing import Any
 
 from mora_serve.errors import ConflictError, NotFoundError
 from mora_serve.identity import new_id
-from mora_serve.store.batches import no_such
-from mora_serve.store.memory import bad_cursor
+from mora_serve.store.shapes import bad_cursor, no_such
 
 JOB_TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
 

@@ -15,11 +15,13 @@ from typing import Any
 
 from mora_serve.errors import StorageError
 from mora_serve.ports import BlobStore
-from mora_serve.store.batches import no_such
+from mora_serve.store.shapes import json_lines, no_such
 from mora_serve.store.steps import LedgerSteps, PairPart
 
 FOLLOW_INTERVAL_S = 0.25
 """How often a follower that has caught up asks for new pairs."""
+PAIRS_PER_PART = 512
+"""Pairs in one sealed part: large enough to be few, small enough to be read whole."""
 CACHED_PARTS = 4
 
 
@@ -82,6 +84,28 @@ class LedgerPairs:
     async def tail_length(self, batch_id: str) -> int:
         """Pairs in the live tail; runners wait while it is over their bound."""
         return await self._steps.tail_length(batch_id)
+
+    async def seal(self, batch_id: str, *, everything: bool = False) -> None:
+        """Move pairs from the tail into parts, in ``seq`` order and whole parts at a time.
+
+        ``everything`` also seals the last, partly filled part: for closed batches, and when the
+        tail is full. A part is named by its range and its content never changes, so two runners
+        that seal at once, or one that is interrupted, do no harm.
+        """
+        while True:
+            state = await self._steps.get_state(batch_id)
+            if state is None:
+                raise no_such("batch", batch_id, "batch_id")
+            first, waiting = state.pairs_sealed, state.pairs - state.pairs_sealed
+            if waiting == 0 or (waiting < PAIRS_PER_PART and not everything):
+                return
+            pairs = await self._steps.tail(batch_id, first - 1, min(waiting, PAIRS_PER_PART))
+            if not pairs or pairs[0]["seq"] != first:
+                continue
+            last = pairs[-1]["seq"]
+            key = f"batches/{batch_id}/pairs/{first:012d}-{last:012d}.jsonl"
+            await self._blobs.put(key, json_lines(pairs))
+            await self._steps.add_pair_part(batch_id, PairPart(first, last, key))
 
     async def _load(self, part: PairPart) -> list[dict[str, Any]]:
         cached = self._parts.get(part.key)

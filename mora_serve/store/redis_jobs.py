@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from mora_serve.identity import new_id
-from mora_serve.store.batches import no_such
-from mora_serve.store.memory import bad_cursor
 from mora_serve.store.memory_jobs import (
     new_checkpoint,
     new_event,
@@ -17,6 +15,7 @@ from mora_serve.store.memory_jobs import (
     refuse_other_policy,
 )
 from mora_serve.store.redis_client import RedisClient
+from mora_serve.store.shapes import bad_cursor, no_such
 
 
 class RedisJobs:

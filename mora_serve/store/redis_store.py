@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mora_serve.ports import Lease, RowCommit
-from mora_serve.store.memory import bad_cursor, idempotency_conflict
 from mora_serve.store.redis_client import RedisClient
+from mora_serve.store.shapes import bad_cursor, idempotency_conflict
 from mora_serve.store.steps import (
     READER_TTL_S,
     BatchState,
@@ -98,6 +98,10 @@ class RedisLedger:
     async def backlog(self) -> int:
         return int(await self._step("backlog"))
 
+    async def unfinished(self) -> list[BatchState]:
+        replies = await self._step("unfinished")
+        return [state for reply in replies if (state := _state(reply)) is not None]
+
     async def claim_validation(self, worker: str, ttl_s: float) -> str | None:
         return _text(await self._step("claim_validation", worker, _ms(ttl_s)))
 
@@ -113,8 +117,10 @@ class RedisLedger:
 
     # shards
 
-    async def lease_shard(self, worker: str, ttl_s: float) -> Lease | None:
-        return _lease(await self._step("lease_shard", worker, _ms(ttl_s)), worker)
+    async def lease_shard(
+        self, worker: str, ttl_s: float, exclude: Sequence[str] = ()
+    ) -> Lease | None:
+        return _lease(await self._step("lease_shard", worker, _ms(ttl_s), *exclude), worker)
 
     async def lease_leftover(self, batch_id: str, worker: str, ttl_s: float) -> Lease | None:
         return _lease(await self._step("lease_leftover", batch_id, worker, _ms(ttl_s)), worker)

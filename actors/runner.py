@@ -1,0 +1,234 @@
+"""The batch runner: validates new batches, works through shards, finishes batches.
+
+Two loops run side by side in one process; any number of runners may do so at once, the ledger keeps
+them apart::
+
+    coordinate   claim validation -> scan the input -> open shards | fail
+                 finalize batches that are due                        waits: poll, or a sealed shard
+    work         lease a shard -> ShardRun (actors.shard_run)         waits: poll, or rows run dry
+
+Everything durable is in the stores; a runner that dies loses nothing but the rows in flight, which
+another one does again after the lease has run out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from actors.batch_rows import RowService, RowWorker, backoff_s
+from actors.shard_run import ShardLimits, ShardRun, duplicates_key
+from mora_serve.calibrators import load_calibrator
+from mora_serve.config import Settings
+from mora_serve.errors import MoraError, NotFoundError, StorageError
+from mora_serve.ports import Generator, Lease, Scorer
+from mora_serve.service import MoraService
+from mora_serve.store import Stores
+from mora_serve.store.batch_input import InputScan, NotUtf8Error, Shard
+
+log = logging.getLogger(__name__)
+
+MAX_LEASES = 4
+"""Shards one runner holds at a time: enough for several batches to advance side by side."""
+STOP_SHARE = 0.8
+"""Share of the graceful shutdown time that running rows get before they are handed back."""
+
+
+class BatchRunner:
+    """Plain class; ``run`` works until ``stop``. One instance per process and event loop."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        scorer: Scorer,
+        stores: Stores,
+        settings: Settings,
+        worker_id: str,
+        *,
+        service: RowService | None = None,
+    ) -> None:
+        self._service = service or MoraService(
+            generator, scorer, load_calibrator(settings), settings
+        )
+        self._stores = stores
+        self._settings = settings.runner
+        self._worker_id = worker_id
+        self._limits = ShardLimits(
+            lease_ttl_s=settings.runner.lease_ttl_s,
+            max_stream_tail=settings.runner.max_stream_tail,
+            poll_interval_s=settings.runner.poll_interval_s,
+            max_line_bytes=settings.server.max_body_bytes,
+        )
+        self._permits = asyncio.Semaphore(settings.runner.max_in_flight_rows)
+        self._stopping = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._work_wake = asyncio.Event()
+        self._coordinate_wake = asyncio.Event()
+        self._shards: dict[asyncio.Task[bool], ShardRun] = {}
+
+    async def run(self) -> None:
+        """Work until ``stop``. Survives storage failures; only bugs end it with an exception."""
+        self._idle.clear()
+        loops = [
+            asyncio.create_task(self._loop(self._lease_next, self._work_wake)),
+            asyncio.create_task(self._loop(self._coordinate, self._coordinate_wake)),
+        ]
+        try:
+            await asyncio.gather(*loops)
+            if self._shards:
+                grace_s = self._settings.replica.graceful_shutdown_timeout_s * STOP_SHARE
+                await asyncio.wait(self._shards, timeout=grace_s)
+        finally:
+            tasks = [*loops, *self._shards]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._idle.set()
+
+    async def stop(self) -> None:
+        """Start no further row, let running ones finish within the grace time, hand back the rest.
+
+        Returns when ``run`` has ended; a ``run`` that was not started yet ends at once.
+        """
+        self._stopping.set()
+        self._work_wake.set()
+        self._coordinate_wake.set()
+        await self._idle.wait()
+
+    async def _loop(self, step: Callable[[], Awaitable[bool]], wake: asyncio.Event) -> None:
+        """Repeat ``step`` while it finds work, else wait to be woken or for the poll interval."""
+        failures = 0
+        while not self._stopping.is_set():
+            wake.clear()
+            try:
+                worked = await step()
+                failures, pause_s = 0, self._settings.poll_interval_s
+            except StorageError as error:
+                failures += 1
+                worked, pause_s = False, backoff_s(failures, error)
+                log.warning("storage failed, trying again: %s", error)
+            if not worked:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(wake.wait(), pause_s)
+
+    # work
+
+    async def _lease_next(self) -> bool:
+        """Lease another shard: any when rows run dry, else only of batches not served yet."""
+        if len(self._shards) >= MAX_LEASES:
+            return False
+        held = {run.lease.batch_id for run in self._shards.values()}
+        dry = all(run.all_started for run in self._shards.values())
+        lease = await self._stores.batches.lease_shard(
+            self._worker_id, self._limits.lease_ttl_s, exclude=() if dry else tuple(held)
+        )
+        if lease is None:
+            return False
+        await self._start(lease)
+        return True
+
+    async def _start(self, lease: Lease) -> None:
+        batch = await self._stores.batches.get_batch(lease.batch_id)
+        options = await self._stores.batches.batch_options(lease.batch_id)
+        try:
+            _, blob = await self._stores.batches.get_file(batch["input_file_id"])
+        except NotFoundError as error:
+            await self._stores.batches.release(lease)
+            raise StorageError(f"the input file of {lease.batch_id} must exist: {error}") from error
+        worker = RowWorker(
+            self._service,
+            self._settings,
+            batch,
+            defaults=options.get("defaults") or {},
+            max_line_bytes=self._limits.max_line_bytes,
+        )
+        run = ShardRun(
+            lease,
+            blob,
+            worker,
+            self._stores,
+            limits=self._limits,
+            permits=self._permits,
+            stopping=self._stopping,
+            on_started=self._work_wake.set,
+        )
+        task = asyncio.create_task(run.run())
+        self._shards[task] = run
+        task.add_done_callback(self._shard_ended)
+
+    def _shard_ended(self, task: asyncio.Task[bool]) -> None:
+        run = self._shards.pop(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            place = f"shard {run.lease.shard} of {run.lease.batch_id}"
+            log.error("%s was handed back: %s", place, error, exc_info=_unless_expected(error))
+        self._work_wake.set()
+        self._coordinate_wake.set()
+
+    # coordinate
+
+    async def _coordinate(self) -> bool:
+        batches = self._stores.batches
+        batch = await batches.claim_validation(self._worker_id, self._limits.lease_ttl_s)
+        if batch is not None:
+            await self._validate(batch)
+            self._work_wake.set()
+        finished = await batches.finalize_ready(self._worker_id, self._limits.lease_ttl_s)
+        return batch is not None or bool(finished)
+
+    async def _validate(self, batch: Mapping[str, Any]) -> None:
+        batches, batch_id = self._stores.batches, str(batch["id"])
+        try:
+            _, blob = await batches.get_file(batch["input_file_id"])
+            shards, total = await self._scan(batch_id, blob)
+        except NotFoundError:
+            await batches.fail_batch(
+                batch_id, "input_file_not_found", "The input file was deleted before it was read."
+            )
+        except NotUtf8Error as error:
+            await batches.fail_batch(
+                batch_id, "invalid_encoding", "The input file must be UTF-8.", error.line
+            )
+        else:
+            if total == 0:
+                await batches.fail_batch(
+                    batch_id, "empty_file", "The input file must hold at least one row."
+                )
+            else:
+                await batches.open_batch(batch_id, shards, total)
+
+    async def _scan(self, batch_id: str, blob: str) -> tuple[list[Any], int]:
+        specs = []
+        ttl_s = self._limits.lease_ttl_s
+        beat = asyncio.create_task(self._keep_claim(batch_id, ttl_s))
+        scan = InputScan(self._settings.shard_rows, self._limits.max_line_bytes)
+        try:
+            with scan:
+                async for chunk in self._stores.blobs.open_read(blob):
+                    for shard in await asyncio.to_thread(scan.feed, chunk):
+                        specs.append(await self._keep(batch_id, shard))
+                for shard in await asyncio.to_thread(scan.finish):
+                    specs.append(await self._keep(batch_id, shard))
+        finally:
+            beat.cancel()
+        return specs, scan.num_rows
+
+    async def _keep(self, batch_id: str, shard: Shard) -> tuple[int, int, int, int]:
+        if shard.duplicates:
+            key = duplicates_key(batch_id, shard.first_line)
+            await self._stores.blobs.put(key, json.dumps(shard.duplicates).encode())
+        return shard.spec
+
+    async def _keep_claim(self, batch_id: str, ttl_s: float) -> None:
+        held = True
+        while held:
+            await asyncio.sleep(ttl_s / 3)
+            held = await self._stores.batches.renew_validation(batch_id, self._worker_id, ttl_s)
+
+
+def _unless_expected(error: BaseException) -> BaseException | None:
+    return None if isinstance(error, MoraError) else error

@@ -1,0 +1,170 @@
+"""One leased shard: its rows side by side, its heartbeat, and how it ends.
+
+::
+
+    input lines --> room in the pair tail? --> permit --> row --> commit   (one task per row)
+                                                                    '--> all done: seal
+    heartbeat every third of the lease --> "stop" or lost: rows are cancelled, shard released
+
+The shard ends sealed, or handed back with what was committed. Another runner that takes it over
+goes on with the rows that are missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+
+from actors.batch_rows import RowWorker
+from mora_serve.errors import LeaseLostError, MoraError
+from mora_serve.ports import Lease
+from mora_serve.store import Stores
+from mora_serve.store.batch_input import Line, split_lines
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLimits:
+    """What a shard run must keep to."""
+
+    lease_ttl_s: float
+    max_stream_tail: int
+    poll_interval_s: float
+    max_line_bytes: int
+
+
+def duplicates_key(batch_id: str, first_line: int) -> str:
+    """Blob with the line numbers of a shard that repeat a ``custom_id``; absent when none does."""
+    return f"batches/{batch_id}/duplicates/{first_line:012d}.json"
+
+
+class ShardRun:
+    """Works through one lease. ``permits`` bounds rows in flight over all shards of the runner."""
+
+    def __init__(
+        self,
+        lease: Lease,
+        blob: str,
+        worker: RowWorker,
+        stores: Stores,
+        *,
+        limits: ShardLimits,
+        permits: asyncio.Semaphore,
+        stopping: asyncio.Event,
+        on_started: Callable[[], None],
+    ) -> None:
+        self.lease = lease
+        self._blob = blob
+        self._worker = worker
+        self._stores = stores
+        self._limits = limits
+        self._permits = permits
+        self._stopping = stopping
+        self._on_started = on_started
+        self.all_started = False
+        """True once no row of the shard waits to be started; ``on_started`` was called then."""
+
+    async def run(self) -> bool:
+        """True when the shard was sealed. A ``MoraError`` leaves the shard to its lease's end."""
+        rows = asyncio.create_task(self._rows())
+        beat = asyncio.create_task(self._beat())
+        try:
+            await asyncio.wait({rows, beat}, return_when=asyncio.FIRST_COMPLETED)
+            complete = rows.done() and await rows
+            if complete:
+                await self._stores.batches.seal_shard(self.lease)
+                return True
+            if beat.done():
+                await beat
+            return False
+        except LeaseLostError:
+            log.info("shard %d of %s was taken over", self.lease.shard, self.lease.batch_id)
+            return False
+        finally:
+            await _cancel(rows, beat)
+            with contextlib.suppress(MoraError):
+                await self._stores.batches.release(self.lease)
+
+    async def _rows(self) -> bool:
+        duplicates = await self._duplicates()
+        num_done = len(self.lease.done)
+        tasks: set[asyncio.Task[None]] = set()
+        try:
+            async with contextlib.aclosing(self._lines()) as lines:
+                async for line in lines:
+                    if line.number in self.lease.done:
+                        continue
+                    await self._room()
+                    await self._permits.acquire()
+                    if self._stopping.is_set():
+                        self._permits.release()
+                        break
+                    task = asyncio.create_task(self._row(line, line.number in duplicates))
+                    task.add_done_callback(lambda _: self._permits.release())
+                    tasks.add(task)
+                    num_done += 1
+                    _raise_first(tasks)
+            self._mark_started()
+            if tasks:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            _raise_first(tasks)
+        finally:
+            await _cancel(*tasks)
+        return num_done == self.lease.num_rows
+
+    async def _row(self, line: Line, duplicate: bool) -> None:
+        commit = await self._worker.run(line, duplicate=duplicate)
+        await self._stores.batches.commit_row(self.lease, commit)
+
+    def _mark_started(self) -> None:
+        self.all_started = True
+        self._on_started()
+
+    async def _lines(self) -> AsyncGenerator[Line, None]:
+        lease = self.lease
+        chunks = self._stores.blobs.open_read(self._blob, lease.offset_bytes, lease.num_bytes)
+        async for line in split_lines(chunks, lease.first_line, self._limits.max_line_bytes):
+            yield line
+
+    async def _duplicates(self) -> frozenset[int]:
+        key = duplicates_key(self.lease.batch_id, self.lease.first_line)
+        if not await self._stores.blobs.exists(key):
+            return frozenset()
+        data = b"".join([chunk async for chunk in self._stores.blobs.open_read(key)])
+        return frozenset(json.loads(data))
+
+    async def _room(self) -> None:
+        """Wait while the pair tail is full: what is sealed can go, the rest waits for readers."""
+        batch_id, pairs = self.lease.batch_id, self._stores.pairs
+        while not self._stopping.is_set():
+            if await pairs.tail_length(batch_id) < self._limits.max_stream_tail:
+                return
+            await pairs.seal(batch_id, everything=True)
+            if await pairs.tail_length(batch_id) < self._limits.max_stream_tail:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), self._limits.poll_interval_s)
+
+    async def _beat(self) -> None:
+        ttl_s = self._limits.lease_ttl_s
+        while True:
+            await asyncio.sleep(ttl_s / 3)
+            if not await self._stores.batches.heartbeat(self.lease, ttl_s):
+                return
+
+
+def _raise_first(tasks: set[asyncio.Task[None]]) -> None:
+    for task in [task for task in tasks if task.done()]:
+        tasks.discard(task)
+        task.result()
+
+
+async def _cancel(*tasks: asyncio.Task[None] | asyncio.Task[bool]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
