@@ -7,19 +7,23 @@ replica process, from the settings dump it was bound with.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
+from prometheus_client import REGISTRY
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from actors.adapters import ServeGenerator, ServeScorer
+from actors.autoscaling import BacklogPolicy
 from actors.generator import GeneratorReplica, PolicyEngine
+from actors.metrics import GeneratorMetrics, MetricsPublisher, ScorerMetrics, StatsCollector
+from actors.runtime import torch_environment
 from actors.scorer import ScorerReplica
+from actors.worker import WorkerReplica
 from mora_serve.config import (
     ReplicaSettings,
     ScorerSettings,
@@ -27,10 +31,8 @@ from mora_serve.config import (
     dump_settings,
     settings_from_dump,
 )
-from mora_serve.errors import MoraError
 from mora_serve.ports import Scorer
-
-logger = logging.getLogger(__name__)
+from mora_serve.store import open_stores
 
 GENERATOR = "generator"
 RUNNER = "runner"
@@ -59,29 +61,36 @@ class Backends:
 def build_backends(settings: Settings) -> Backends:
     """Applications for every engine that ``settings`` names. Starts nothing."""
     dump = dump_settings(settings, reveal=True)
-    generator = _deployment(
-        GeneratorDeployment,
-        GENERATOR,
-        settings.policy.replica,
-    ).bind(dump)
+    generator = _deployment(GeneratorDeployment, GENERATOR, settings.policy.replica).bind(dump)
     scorers = {
         scorer.name: _deployment(
-            ScorerDeployment, scorer_deployment_name(scorer.name), scorer.replica
+            ScorerDeployment,
+            scorer_deployment_name(scorer.name),
+            scorer.replica,
+            env_vars=torch_environment(scorer.num_threads),
         ).bind(dump, scorer.name)
         for scorer in settings.scorers
     }
-    return Backends(
-        generator=generator,
-        scorers=scorers,
-        runner=_deployment(RunnerDeployment, RUNNER, settings.runner.replica).bind(
-            dump, generator, scorers
-        ),
-        launcher=_deployment(LauncherDeployment, LAUNCHER, ReplicaSettings()).bind(dump),
-    )
+    runner = _deployment(
+        RunnerDeployment,
+        RUNNER,
+        settings.runner.replica,
+        policy={
+            "policy_function": BacklogPolicy,
+            "policy_kwargs": {"rows_per_replica": settings.runner.shard_rows},
+        },
+    ).bind(dump, generator, scorers)
+    launcher = _deployment(LauncherDeployment, LAUNCHER, ReplicaSettings()).bind(dump)
+    return Backends(generator, scorers, runner, launcher)
 
 
 def _deployment(
-    target: type, name: str, replica: ReplicaSettings, env_vars: Mapping[str, str] | None = None
+    target: type,
+    name: str,
+    replica: ReplicaSettings,
+    *,
+    env_vars: Mapping[str, str] | None = None,
+    policy: Mapping[str, Any] | None = None,
 ) -> Any:
     options: dict[str, Any] = {
         "name": name,
@@ -95,6 +104,8 @@ def _deployment(
         options["autoscaling_config"] = {
             "min_replicas": replica.min_replicas,
             "max_replicas": replica.max_replicas,
+            "target_ongoing_requests": max(1, replica.max_ongoing_requests // 2),
+            **({} if policy is None else {"policy": dict(policy)}),
         }
     else:
         options["num_replicas"] = replica.max_replicas
@@ -111,61 +122,44 @@ def _actor_options(replica: ReplicaSettings, env_vars: Mapping[str, str]) -> dic
 
 
 class GeneratorDeployment(GeneratorReplica):
-    """Serve calls the coroutine ``__init__`` and waits for it before routing requests."""
+    """Serve awaits the coroutine ``__init__`` before it routes requests, ``__del__`` at the end."""
 
     async def __init__(self, dump: Mapping[str, Any]) -> None:  # type: ignore[misc]
-        from mora_serve.store import open_stores
-
         settings = settings_from_dump(dump)
-        super().__init__(build_engine(settings), open_stores(settings).jobs, settings.policy.model)
+        stores = open_stores(settings)
+        super().__init__(
+            build_engine(settings), stores.jobs, settings.policy.model, metrics=GeneratorMetrics()
+        )
+        self._publisher = MetricsPublisher(stores.metrics, _replica_name())
         await self.start()
+        await self._publisher.start()
 
     async def __del__(self) -> None:  # type: ignore[misc]
+        await self._publisher.stop()
         await self.stop()
 
 
 class ScorerDeployment(ScorerReplica):
     async def __init__(self, dump: Mapping[str, Any], name: str) -> None:  # type: ignore[misc]
         settings = settings_from_dump(dump)
-        scorer = next(item for item in settings.scorers if item.name == name)
+        section = next(item for item in settings.scorers if item.name == name)
+        scorer = build_scorer(settings, section)
         super().__init__(
-            build_scorer(settings, scorer),
-            timeout_s=scorer.timeout_s,
-            token_budget=scorer.token_budget,
+            scorer,
+            timeout_s=section.timeout_s,
+            token_budget=section.token_budget,
+            metrics=ScorerMetrics(),
         )
+        self._publisher = MetricsPublisher(open_stores(settings).metrics, _replica_name())
+        stats = getattr(scorer, "stats", None)
+        if stats is not None:
+            REGISTRY.register(StatsCollector(stats, "mora_scorer"))
         await self.start()
+        await self._publisher.start()
 
     async def __del__(self) -> None:  # type: ignore[misc]
+        await self._publisher.stop()
         await self.stop()
-
-
-class Worker(Protocol):
-    """A component that works by itself until it is stopped."""
-
-    async def run(self) -> None: ...
-    async def stop(self) -> None: ...
-
-
-class WorkerReplica:
-    """Runs a :class:`Worker` in the background; unhealthy once it has ended by itself."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._task: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        self._task = asyncio.create_task(self._worker.run())
-
-    async def check_health(self) -> None:
-        if self._task is not None and self._task.done():
-            error = None if self._task.cancelled() else self._task.exception()
-            raise MoraError(f"the worker ended by itself ({type(error).__name__})")
-
-    async def stop(self) -> None:
-        """Let the worker finish what it holds and end."""
-        await self._worker.stop()
-        if self._task is not None:
-            await asyncio.gather(self._task, return_exceptions=True)
 
 
 class RunnerDeployment(WorkerReplica):
@@ -176,17 +170,12 @@ class RunnerDeployment(WorkerReplica):
         scorers: Mapping[str, DeploymentHandle[Any]],
     ) -> None:
         from actors.runner import BatchRunner
-        from mora_serve.store import open_stores
 
         settings = settings_from_dump(dump)
+        stores = open_stores(settings)
+        ports = ServeGenerator(generator), ServeScorer(scorers)
         super().__init__(
-            BatchRunner(
-                ServeGenerator(generator),
-                ServeScorer(scorers),
-                open_stores(settings),
-                settings,
-                serve.get_replica_context().replica_id.unique_id,
-            )
+            BatchRunner(*ports, stores, settings, _replica_name()), stores.batches.backlog_rows
         )
         await self.start()
 
@@ -197,7 +186,6 @@ class RunnerDeployment(WorkerReplica):
 class LauncherDeployment(WorkerReplica):
     async def __init__(self, dump: Mapping[str, Any]) -> None:  # type: ignore[misc]
         from actors.launcher import TrainerLauncher
-        from mora_serve.store import open_stores
 
         settings = settings_from_dump(dump)
         super().__init__(TrainerLauncher(open_stores(settings).jobs, settings))
@@ -205,6 +193,17 @@ class LauncherDeployment(WorkerReplica):
 
     async def __del__(self) -> None:  # type: ignore[misc]
         await self.stop()
+
+
+def _replica_name() -> str:
+    replica = serve.get_replica_context().replica_id
+    return f"{replica.deployment_id.name}-{replica.unique_id}"
+
+
+def policy_directory(settings: Settings) -> str:
+    """Where the policy's weights are: a directory, or a hub id."""
+    policy = settings.policy
+    return policy.path or str(settings.data_dir.absolute() / "models" / policy.model)
 
 
 def build_engine(settings: Settings) -> PolicyEngine:
@@ -215,8 +214,7 @@ def build_engine(settings: Settings) -> PolicyEngine:
         return FakeEngine(settings.policy)
     from actors.vllm_engine import VllmGenerator
 
-    directory = settings.data_dir / "models" / settings.policy.model
-    return VllmGenerator(settings.policy, settings.policy.path or str(directory))
+    return VllmGenerator(settings.policy, policy_directory(settings))
 
 
 def build_scorer(settings: Settings, scorer: ScorerSettings) -> Scorer:
@@ -228,7 +226,7 @@ def build_scorer(settings: Settings, scorer: ScorerSettings) -> Scorer:
     if scorer.backend == "heads":
         from actors.heads import HeadScorer
 
-        return HeadScorer(scorer, settings)
+        return HeadScorer(scorer, Path(policy_directory(settings)))
     from actors.seqcls import SequenceClassificationScorer
 
     return SequenceClassificationScorer(scorer)

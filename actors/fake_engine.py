@@ -1,4 +1,4 @@
-"""The ``fake`` backend of the generator deployment: a fake generator with an engine's life cycle."""
+"""The ``fake`` backend of the generator: a fake generator with the life cycle of an engine."""
 
 from __future__ import annotations
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from actors.metrics import GeneratorMetrics
 from mora_serve.errors import GenerationError, NotFoundError, StorageError
 from mora_serve.ports import CompletionDelta, Generator
 from mora_serve.types import Failure, Generation, GenerationRequest
@@ -75,12 +77,14 @@ class GeneratorReplica:
         policies: PolicySource | None,
         base: str,
         *,
+        metrics: GeneratorMetrics | None = None,
         poll_interval_s: float = POLL_INTERVAL_S,
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
         self._engine = engine
         self._policies = policies
         self._base = PolicyVersion(base, "base", None)
+        self._metrics = metrics
         self._poll_interval_s = poll_interval_s
         self._exit_process = exit_process
         self._seen: tuple[str, tuple[PolicyVersion, ...]] | None = None
@@ -100,11 +104,19 @@ class GeneratorReplica:
         await self._engine.stop()
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation | Failure]:
-        return await self._engine.generate(requests)
+        with self._tracked(len(requests)):
+            try:
+                results = await self._engine.generate(requests)
+            except GenerationError:
+                await self.check_health()
+                raise
+        self._count(results)
+        return results
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[CompletionDelta]:
-        async for delta in self._engine.stream(request):
-            yield delta
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[CompletionDelta, None]:
+        with self._tracked(1):
+            async for delta in self._engine.stream(request):
+                yield delta
 
     async def models(self) -> list[str]:
         return await self._engine.models()
@@ -117,6 +129,31 @@ class GeneratorReplica:
             logger.critical("the engine died; this replica exits with it")
             self._exit_process(EXIT_DEAD_ENGINE)
             raise
+
+    @contextmanager
+    def _tracked(self, num_prompts: int) -> Iterator[None]:
+        if self._metrics is None:
+            yield
+            return
+        self._metrics.in_flight.inc(num_prompts)
+        try:
+            yield
+        finally:
+            self._metrics.in_flight.dec(num_prompts)
+
+    def _count(self, results: Sequence[Generation | Failure]) -> None:
+        if self._metrics is None:
+            return
+        for result in results:
+            if isinstance(result, Failure):
+                self._metrics.requests.labels(result.code).inc()
+                continue
+            self._metrics.requests.labels("ok").inc()
+            self._metrics.tokens.labels("prompt").inc(result.num_prompt_tokens)
+            self._metrics.tokens.labels("cached_prompt").inc(result.num_cached_tokens)
+            for item in result.completions:
+                self._metrics.tokens.labels("completion").inc(item.num_tokens)
+                self._metrics.completions.labels(item.finish_reason).inc()
 
     async def refresh(self) -> None:
         """Read the policy versions once and publish them to the engine if they changed."""
@@ -134,6 +171,8 @@ class GeneratorReplica:
         if (current, versions) != self._seen:
             await self._engine.publish(versions, current)
             self._seen = (current, versions)
+            if self._metrics is not None:
+                self._metrics.versions.set(len(versions))
             logger.info("serving %d policy versions, current %s", len(versions), current)
 
     async def _current(self) -> str:

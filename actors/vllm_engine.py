@@ -10,8 +10,8 @@ before the engine sees it, since an error inside the engine ends it for everybod
 Replacing weights waits for the requests in flight and holds new ones back, so that every completion
 comes from exactly one version.
 
-Seeds: a seed makes the draw of one prompt independent of every other draw. It does not promise equal
-texts: the batch that a request happens to share decides how sums are rounded.
+Seeds: a seed makes the draw of one prompt independent of every other draw. It does not promise
+equal texts: the batch that a request happens to share decides how sums are rounded.
 """
 
 from __future__ import annotations
