@@ -59,7 +59,7 @@ class Position:
 
 @dataclass(slots=True)
 class SourceCounts:
-    """What a source has seen since it was made, for metrics and the job's report."""
+    """What the running iteration has seen, for metrics and the job's report."""
 
     rows: int = 0
     """Rows this rank handed out."""
@@ -177,6 +177,7 @@ class ResumableRows:
     def __call__(self) -> Iterator[dict[str, Any]]:
         self.start = self.position
         self._marks, self._consumed = [], 0
+        self.source.counts = SourceCounts(waited_s=self.source.counts.waited_s)
         for row, position in self.source.rows(self.start):
             self._marks.append(position)
             yield {name: row[name] for name in ("prompt", "chosen", "rejected")}

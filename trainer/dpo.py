@@ -1,0 +1,298 @@
+"""DPO on TRL: builds model and trainer, runs them over a pair source, checkpoints, resumes.
+
+Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, equation 7). With LoRA the
+reference is the policy with its adapter disabled, so one set of weights serves both. Knows neither
+Ray nor the stores: progress leaves through :class:`RunHooks`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from datasets import IterableDataset
+from peft import LoraConfig, PeftModel
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import DPOConfig, DPOTrainer
+
+from trainer.job import TrainingJob
+from trainer.source import Position, ResumableRows, Row
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "mora_state.json"
+"""Beside TRL's own files in each checkpoint: position, trained tokens, whether the run is over."""
+UNBOUNDED_STEPS = 10**9
+"""``max_steps`` of a run that ends with its data: a streaming dataset needs a number."""
+LORA_TARGETS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+
+
+class RunHooks(Protocol):
+    """What a run tells its surroundings; called on every rank in the same order."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of the steps since the last call."""
+        ...
+
+    def checkpoint(self, folder: Path, step: int, metrics: Mapping[str, float]) -> None:
+        """A complete checkpoint; ``folder`` is removed when a later one is written."""
+        ...
+
+    def should_stop(self) -> bool:
+        """Asked after each step; every rank must get the same answer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What a checkpoint knows beyond TRL's files."""
+
+    position: Position
+    trained_tokens: int
+    waited_s: float = 0.0
+    done: bool = False
+
+    def save(self, folder: Path) -> None:
+        data = {
+            "position": self.position.to_json(),
+            "trained_tokens": self.trained_tokens,
+            "waited_s": self.waited_s,
+            "done": self.done,
+        }
+        (folder / STATE_FILE).write_text(json.dumps(data), "utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> RunState:
+        data = json.loads((folder / STATE_FILE).read_text("utf-8"))
+        return cls(
+            position=Position.from_json(data["position"]),
+            trained_tokens=int(data["trained_tokens"]),
+            waited_s=float(data["waited_s"]),
+            done=bool(data["done"]),
+        )
+
+
+def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory, with a padding token."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(
+    model_dir: str, *, lora: bool, use_gpu: bool, adapter_dir: str | None = None
+) -> torch.nn.Module:
+    """The policy to train, optionally with the adapter of an earlier version.
+
+    Frozen weights under LoRA are bfloat16, trained weights are float32. An earlier adapter is
+    trained on with a frozen copy as reference; a full run merges it first.
+    """
+    dtype = torch.bfloat16 if lora else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    if use_gpu:
+        model = model.to("cuda")
+    if adapter_dir is None:
+        return model
+    adapted = PeftModel.from_pretrained(model, adapter_dir, is_trainable=lora)
+    return adapted if lora else adapted.merge_and_unload()
+
+
+def prompt_fits(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Row], bool]:
+    """A filter for rows whose prompt leaves room for an answer within ``max_length`` tokens."""
+
+    def accept(row: Row) -> bool:
+        ids = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+        return len(ids) < max_length
+
+    return accept
+
+
+def build_config(job: TrainingJob, output_dir: Path, *, use_gpu: bool) -> DPOConfig:
+    """TRL's configuration of a job.
+
+    A bounded run decays its learning rate linearly to 0; one that ends with its data cannot know
+    how long it is and keeps the rate.
+    """
+    return DPOConfig(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=job.batch_size,
+        max_steps=job.max_steps or UNBOUNDED_STEPS,
+        lr_scheduler_type="linear" if job.max_steps else "constant",
+        learning_rate=job.learning_rate,
+        beta=job.beta,
+        max_length=job.max_length,
+        seed=job.seed,
+        data_seed=job.seed,
+        bf16=use_gpu,
+        use_cpu=not use_gpu,
+        # Recomputing activations saves memory that short pairs do not need.
+        gradient_checkpointing=use_gpu,
+        logging_steps=1,
+        save_steps=job.checkpoint_steps,
+        save_total_limit=1,
+        ignore_data_skip=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=use_gpu,
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+def lora_config(job: TrainingJob) -> LoraConfig:
+    """Adapters on every linear layer of the blocks, none on embeddings and head."""
+    return LoraConfig(
+        r=job.lora_rank,
+        lora_alpha=job.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=list(LORA_TARGETS),
+        task_type="CAUSAL_LM",
+    )
+
+
+class StreamingDPOTrainer(DPOTrainer):  # type: ignore[misc]
+    """DPOTrainer whose rows arrive partitioned and in order.
+
+    The stock data loader splits a streaming dataset between ranks and reads one batch ahead. Here
+    the source has split the rows already, and a batch that is not there yet must not hold back the
+    one that is.
+    """
+
+    def __init__(self, *, rows: ResumableRows, trained_tokens: int, **options: Any) -> None:
+        self.rows = rows
+        self.trained_tokens = trained_tokens
+        super().__init__(**options)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(
+            self.train_dataset, batch_size=self.args.train_batch_size, collate_fn=self._collate
+        )
+
+    def create_model_card(self, *_args: Any, **_options: Any) -> None:
+        """Checkpoints carry no card; the published version has its provenance in the store."""
+
+    def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        batch = self.data_collator([{name: row[name] for name in names} for row in examples])
+        self.rows.consumed(len(examples))
+        self.trained_tokens += int(batch["attention_mask"].sum())
+        return dict(batch)
+
+    def run_state(self, *, done: bool) -> RunState:
+        """Where the run stands after the last batch that was handed out."""
+        waited_s = self.rows.source.counts.waited_s
+        return RunState(self.rows.position, self.trained_tokens, waited_s, done)
+
+
+class _HookCallback(TrainerCallback):  # type: ignore[misc]
+    """Translates Trainer events to hooks, and ends the run when the data does."""
+
+    def __init__(self, hooks: RunHooks) -> None:
+        self.hooks = hooks
+        self.trainer: StreamingDPOTrainer | None = None
+        self.metrics: dict[str, float] = {}
+        self._saved_step = -1
+        self._done = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._done = state.global_step >= state.max_steps
+        if self.hooks.should_stop():
+            control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.metrics = {
+                name: float(value)
+                for name, value in logs.items()
+                if isinstance(value, int | float | str) and name != "epoch"
+            }
+            self.hooks.log(state.global_step, self.metrics)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # One epoch spans the whole run, so its end is the end of the data, of max_steps, or a stop.
+        if not control.should_training_stop:
+            self._done = True
+            control.should_training_stop = True
+        control.should_save = self._saved_step != state.global_step or self._done
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        assert self.trainer is not None, "bound before training starts"
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero:
+            self.trainer.run_state(done=self._done).save(folder)
+        self._saved_step = state.global_step
+        self.hooks.checkpoint(folder, state.global_step, self.metrics)
+
+
+def run_dpo(
+    job: TrainingJob,
+    rows: ResumableRows,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    hooks: RunHooks,
+    *,
+    output_dir: Path,
+    use_gpu: bool = False,
+    resume_from: Path | None = None,
+) -> RunState | None:
+    """Train until ``max_steps``, the end of the data, or a stop.
+
+    Returns the state at the end, or ``None`` when there was no row to train on. Every checkpoint
+    holds all that a later call needs: weights, optimizer, scheduler, random states, position.
+    """
+    state = RunState.load(resume_from) if resume_from is not None else None
+    if state is not None and state.done:
+        return state
+    if next(rows(), None) is None:
+        return state
+    callback = _HookCallback(hooks)
+    trainer = StreamingDPOTrainer(
+        rows=rows,
+        trained_tokens=state.trained_tokens if state is not None else 0,
+        model=model,
+        args=build_config(job, output_dir, use_gpu=use_gpu),
+        train_dataset=IterableDataset.from_generator(rows),
+        processing_class=tokenizer,
+        peft_config=lora_config(job) if job.lora and not isinstance(model, PeftModel) else None,
+        callbacks=[callback],
+    )
+    callback.trainer = trainer
+    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    return trainer.run_state(done=callback._done)

@@ -1,0 +1,187 @@
+"""The training loop of one Ray Train worker: connects source, TRL and stores.
+
+Every rank reads the stream itself; rank 0 alone writes events, checkpoints and the reader's place.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train.collective import broadcast_from_rank_zero
+
+from mora_serve.config import Settings, settings_from_dump
+from mora_serve.errors import InvalidRequestError, MoraError, StorageError
+from mora_serve.store import open_stores
+from trainer.dpo import RunState, load_policy, load_tokenizer, prompt_fits, run_dpo
+from trainer.feeds import BatchFeed, StoreSession, read_training_file
+from trainer.job import TERMINAL, TrainingJob, read_job
+from trainer.metrics import exposition
+from trainer.source import Feed, ListFeed, PairSource, Position, ResumableRows
+
+logger = logging.getLogger(__name__)
+
+METRICS_TTL_S = 30.0
+CANCEL_CHECK_S = 1.0
+"""How often a waiting worker asks whether its job is still wanted."""
+
+
+class JobCancelledError(MoraError):
+    """The job was cancelled while its trainer waited for data."""
+
+
+@dataclass(slots=True)
+class JobControl:
+    """A job's status and reports, as one worker sees them."""
+
+    session: StoreSession
+    job: TrainingJob
+    rank: int
+    world_size: int
+    source: PairSource | None = None
+    _asked_at: float = 0.0
+    _reader_at: Position = field(default_factory=Position)
+
+    def cancelled(self) -> bool:
+        """True once the job has reached a terminal status without us."""
+        stored = self.session.call(self.session.stores.jobs.get_job(self.job.id))
+        return stored["status"] in TERMINAL
+
+    def check(self) -> None:
+        """Raise when the job is no longer wanted; asks at most once a second."""
+        if time.monotonic() - self._asked_at < CANCEL_CHECK_S:
+            return
+        self._asked_at = time.monotonic()
+        if self.cancelled():
+            raise JobCancelledError(f"job {self.job.id} was cancelled while it waited for pairs")
+
+    def should_stop(self) -> bool:
+        """The same answer on every rank: rank 0 asks."""
+        answer = self.cancelled() if self.rank == 0 else None
+        if self.world_size > 1:
+            answer = broadcast_from_rank_zero(answer)
+        return bool(answer)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        waited_s = self.source.counts.waited_s if self.source is not None else 0.0
+        report = {"step": step, **metrics, "wait_for_data_seconds": round(waited_s, 3)}
+        if self.rank == 0:
+            self._add_metrics_event(step, report)
+            self._post_metrics(report)
+        ray.train.report(report)
+
+    def checkpoint(self, folder: Path, step: int, metrics: Mapping[str, float]) -> None:
+        if self.rank != 0:
+            ray.train.report({"step": step})
+            return
+        state = RunState.load(folder)
+        ray.train.report(
+            {"step": step, "trained_tokens": state.trained_tokens, **metrics},
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+        )
+        self._move_reader(state.position)
+        jobs = self.session.stores.jobs
+        record = {
+            "id": f"ftckpt-{self.job.id.removeprefix('ftjob-')}-{step}",
+            "step_number": step,
+            "fine_tuned_model_checkpoint": f"{self.job.policy_id}:ckpt-step-{step}",
+            "metrics": {"step": step, "train_loss": metrics.get("loss")},
+        }
+        self.session.call(jobs.add_checkpoint(self.job.id, record))
+        self.session.call(jobs.update_job(self.job.id, trained_tokens=state.trained_tokens))
+
+    def _add_metrics_event(self, step: int, report: Mapping[str, Any]) -> None:
+        data = {**report, "train_loss": report.get("loss")}
+        event = {
+            "type": "metrics",
+            "message": f"Step {step}: loss {report.get('loss', float('nan')):.4f}",
+            "data": data,
+        }
+        self.session.call(self.session.stores.jobs.add_event(self.job.id, event))
+
+    def _post_metrics(self, report: Mapping[str, float]) -> None:
+        board = self.session.stores.metrics
+        text = exposition(self.job.id, report)
+        self.session.call(board.publish(f"trainer-{self.job.id}", text, METRICS_TTL_S))
+
+    def _move_reader(self, position: Position) -> None:
+        """Let the stream's tail be trimmed behind what a restart would read again."""
+        if self.job.reads_stream:
+            place = position.seq if position.number == 0 else 2**53
+            pairs = self.session.stores.pairs
+            self.session.call(pairs.register_reader(self.job.training_file, self.job.id, place))
+
+
+def train_worker(config: Mapping[str, Any]) -> None:
+    """Ray Train entry point; ``config`` has ``settings`` (a dump), ``job_id``, model paths."""
+    settings = settings_from_dump(config["settings"])
+    torch.set_num_threads(settings.trainer.num_threads)
+    context = ray.train.get_context()
+    with StoreSession(open_stores(settings)) as session:
+        stored = session.call(session.stores.jobs.get_job(config["job_id"]))
+        job = read_job(stored, settings.trainer)
+        control = JobControl(session, job, context.get_world_rank(), context.get_world_size())
+        with tempfile.TemporaryDirectory(prefix="mora-train-") as scratch:
+            _train(settings, control, config, Path(scratch))
+
+
+def _train(
+    settings: Settings, control: JobControl, config: Mapping[str, Any], scratch: Path
+) -> None:
+    job = control.job
+    tokenizer = load_tokenizer(config["model_dir"])
+    source = PairSource(
+        open_feed(control.session, job),
+        rank=control.rank,
+        world_size=control.world_size,
+        num_epochs=job.n_epochs,
+        stages=job.stages,
+        accept=prompt_fits(tokenizer, job.max_length),
+        check=control.check,
+    )
+    control.source = source
+    model = load_policy(
+        config["model_dir"],
+        lora=job.lora,
+        use_gpu=settings.trainer.use_gpu,
+        adapter_dir=config.get("adapter_dir"),
+    )
+    checkpoint = ray.train.get_checkpoint()
+    resume_from = None
+    if checkpoint is not None:
+        resume_from = Path(checkpoint.to_directory(str(scratch / "resume")))
+    start = RunState.load(resume_from).position if resume_from is not None else Position()
+    if resume_from is not None:
+        logger.info("job %s resumes behind pair %d", job.id, start.seq)
+    run_dpo(
+        job,
+        ResumableRows(source, start),
+        model,
+        tokenizer,
+        control,
+        output_dir=scratch / "output",
+        use_gpu=settings.trainer.use_gpu,
+        resume_from=resume_from,
+    )
+
+
+def open_feed(session: StoreSession, job: TrainingJob) -> Feed:
+    """The feed of a job's training file: a batch's stream, or an uploaded file."""
+    if job.reads_stream:
+        return BatchFeed(session, session.stores.pairs, job.training_file)
+    rows = session.call(read_training_file(session.stores, job.training_file))
+    if not rows:
+        raise InvalidRequestError(
+            "training_file must hold at least one row", "training_file", "invalid_training_file"
+        )
+    return ListFeed(rows)
+
+
+__all__ = ["JobCancelledError", "StorageError", "train_worker"]

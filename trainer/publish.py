@@ -1,0 +1,149 @@
+"""What a finished run leaves behind: policy files, result files, a policy version.
+
+Every step may be repeated: names derive from the job's id, blobs are replaced by equal ones, and
+publishing a version twice is harmless. So a trainer that dies here is simply started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import shutil
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mora_serve.store import Stores
+from trainer.job import TrainingJob
+
+METRIC_COLUMNS = (
+    "step",
+    "train_loss",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/chosen",
+    "rewards/rejected",
+    "learning_rate",
+    "grad_norm",
+    "wait_for_data_seconds",
+)
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_TRAINER_STATE = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "mora_")
+_PAGE = 100
+
+
+def policy_files(checkpoint: Path, *, lora: bool) -> list[Path]:
+    """The files of a checkpoint that make up the policy, without the trainer's own state."""
+    if lora:
+        return [checkpoint / name for name in LORA_FILES]
+    return sorted(
+        path
+        for path in checkpoint.iterdir()
+        if path.is_file() and not path.name.startswith(_TRAINER_STATE) and path.suffix != ".md"
+    )
+
+
+async def publish(
+    stores: Stores, job: TrainingJob, checkpoint: Path, *, trained_tokens: int, data_dir: Path
+) -> dict[str, Any]:
+    """Store files and version, make the job ``succeeded``; returns the job.
+
+    The version's ``uri`` is a directory: the blob store's own when that is local, otherwise one
+    under ``data_dir`` (absolute), which generators must be able to read.
+    """
+    files = policy_files(checkpoint, lora=job.lora)
+    prefix = f"policies/{job.policy_id}"
+    for path in files:
+        await stores.blobs.put(f"{prefix}/{path.name}", await asyncio.to_thread(path.read_bytes))
+    uri = stores.blobs.local_path(prefix)
+    if uri is None:
+        uri = str(await asyncio.to_thread(_copy, files, data_dir / prefix))
+    events = await all_events(stores, job.id)
+    archive = await asyncio.to_thread(_zip, files)
+    results = [
+        await _put_result(stores, job, "metrics", "csv", metrics_csv(events)),
+        await _put_result(stores, job, "adapter" if job.lora else "policy", "zip", archive),
+    ]
+    version = {
+        "id": job.policy_id,
+        "created": int(time.time()),
+        "kind": "lora" if job.lora else "merged",
+        "uri": uri,
+        "parent": job.model,
+        "job_id": job.id,
+    }
+    known = {policy["id"]: policy for policy in await stores.jobs.list_policies()}
+    version["created"] = known.get(job.policy_id, version)["created"]
+    await stores.jobs.publish_policy(version, make_current=job.make_current)
+    await stores.jobs.add_event(job.id, {"message": f"Published policy version {job.policy_id}"})
+    return await stores.jobs.update_job(
+        job.id,
+        status="succeeded",
+        fine_tuned_model=job.policy_id,
+        result_files=results,
+        trained_tokens=trained_tokens,
+        finished_at=int(time.time()),
+    )
+
+
+async def all_events(stores: Stores, job_id: str) -> list[dict[str, Any]]:
+    """Every event of a job, oldest first."""
+    found: list[dict[str, Any]] = []
+    after: str | None = None
+    while True:
+        page, has_more = await stores.jobs.list_events(job_id, after=after, limit=_PAGE)
+        found += page
+        if not has_more:
+            return found[::-1]
+        after = page[-1]["id"]
+
+
+def metrics_csv(events: Sequence[Mapping[str, Any]]) -> bytes:
+    """One line a step; of a step that was trained twice, after a restart, the later one."""
+    by_step = {
+        int(event["data"]["step"]): event["data"]
+        for event in events
+        if event.get("type") == "metrics" and event.get("data")
+    }
+    text = io.StringIO()
+    writer = csv.DictWriter(text, METRIC_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(by_step[step] for step in sorted(by_step))
+    return text.getvalue().encode()
+
+
+async def _put_result(stores: Stores, job: TrainingJob, name: str, suffix: str, data: bytes) -> str:
+    file_id = f"file-{job.id.removeprefix('ftjob-')}-{name}"
+    key = f"files/{file_id}"
+    await stores.blobs.put(key, data)
+    record = {
+        "id": file_id,
+        "object": "file",
+        "bytes": len(data),
+        "created_at": int(time.time()),
+        "filename": f"{job.policy_id}-{name}.{suffix}",
+        "purpose": "fine-tune-results",
+        "status": "processed",
+        "expires_at": None,
+        "status_details": None,
+    }
+    await stores.batches.put_file(record, key)
+    return file_id
+
+
+def _zip(files: Sequence[Path]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in files:
+            archive.write(path, path.name)
+    return buffer.getvalue()
+
+
+def _copy(files: Sequence[Path], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+    return folder
