@@ -20,6 +20,7 @@ import hashlib
 import math
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -162,7 +163,8 @@ class FakeScorer:
 
     ``delay_ms`` is the time one call takes. ``status`` may name another status than ``ok`` for one
     answer on one dimension, or raise what a lost scorer would raise
-    (:class:`~mora_serve.errors.ScoringError`). Answers over ``max_tokens`` words are ``truncated``.
+    (:class:`~mora_serve.errors.ScoringError`). Answers over ``max_tokens`` words are
+    ``truncated``; a longer prompt is said to be cut.
     """
 
     def __init__(
@@ -203,7 +205,9 @@ class FakeScorer:
         self, group: ScoreGroup, dimensions: Sequence[Dimension]
     ) -> list[dict[Dimension, Score]]:
         question, stated = split_intents(group.prompt, self._dimensions)
-        prompt_key = _digest(question, *(message.content for message in group.prompt))
+        turns = [message.content for message in group.prompt if message.role != "system"]
+        prompt_key = _digest(question, *turns)
+        num_prompt_tokens = sum(len(turn.split()) for turn in turns)
         means = {k: hidden_mean(question, stated, k) for k in dimensions}
         conflict = prompt_key[0] < 51
         broken = any(FAIL_SCORING in message.content for message in group.prompt)
@@ -215,6 +219,8 @@ class FakeScorer:
                 status = self._status_of(group, index, dimension, broken)
                 noise = _noise(key, dimension, conflict)
                 row[dimension] = _score(dimension, status, means[dimension] + SIGMA * noise)
+            if num_prompt_tokens + len(response.split()) > self._max_tokens:
+                row = {k: replace(s, reason=s.reason or "prompt cut") for k, s in row.items()}
             rows.append(row)
         return rows
 
