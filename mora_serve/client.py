@@ -40,16 +40,20 @@ class ApiError(MoraError):
         self,
         status: int,
         message: str,
+        *,
         type: str | None = None,  # noqa: A002
         param: str | None = None,
         code: str | None = None,
+        body: Json | None = None,
     ) -> None:
-        super().__init__(status, message, type, param, code)
+        super().__init__(status, message)
         self.status = status
         self.message = message
         self.type = type
         self.param = param
         self.code = code
+        self.body = body or {}
+        """The whole JSON answer."""
 
     def __str__(self) -> str:
         where = f" ({self.param})" if self.param and self.param not in self.message else ""
@@ -131,7 +135,7 @@ class Client:
             with self._open("GET", "/readyz", tries=1) as response:
                 return True, _object(_body(response))
         except ApiError as error:
-            return False, {"status": error.status, "message": error.message}
+            return False, error.body
 
     # --- streams ------------------------------------------------------------------------------
 
@@ -286,15 +290,11 @@ def _retry_after(response: HTTPResponse) -> float:
 
 def _error_from(status: int, body: Json) -> ApiError:
     error = body.get("error")
-    if isinstance(error, dict):
-        return ApiError(
-            status,
-            str(error.get("message") or "no message"),
-            error.get("type"),
-            error.get("param"),
-            error.get("code"),
-        )
-    return ApiError(status, str(error or body.get("message") or "no error envelope"))
+    if not isinstance(error, dict):
+        message = str(error or body.get("message") or "no error envelope")
+        return ApiError(status, message, body=body)
+    known = {name: error.get(name) for name in ("type", "param", "code")}
+    return ApiError(status, str(error.get("message") or "no message"), **known, body=body)
 
 
 def _object(data: bytes) -> Json:

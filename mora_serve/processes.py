@@ -1,0 +1,176 @@
+"""Child processes that never outlive us: parent-death signal, orderly stop, search for strays.
+
+Everything here is Linux. A child is started in a session of its own, so that Ctrl-C in a terminal
+reaches only the parent, which then stops its children in order. Each child carries a marker in its
+environment that its own children inherit, which is how processes that left their process group
+(Ray's do) are found and ended. The module owns no policy about what is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any, Self
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_MARKER = "_MORA_FAMILY"
+# Runs in the child before the command: Python between fork and exec is unsafe beside threads.
+_TRAMPOLINE = (
+    "import ctypes, os, sys\n"
+    f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)}, 0, 0, 0)\n"
+    "if os.getppid() != int(sys.argv[1]): sys.exit(1)\n"
+    "os.execvp(sys.argv[2], sys.argv[2:])\n"
+)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent dies, so that they can be reaped."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+class Child:
+    """One child process with all that descends from it.
+
+    Must be started from a thread that lives as long as the child should: the kernel sends the
+    parent-death signal when the starting *thread* ends.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        output: IO[bytes] | int | None = None,
+    ) -> None:
+        self._family = secrets.token_hex(12)
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _TRAMPOLINE, str(os.getpid()), *command],
+            env={**env, _MARKER: self._family},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Exit status, negative for a signal; ``None`` while it runs."""
+        return self._process.poll()
+
+    def stop(self, grace_s: float, hurry: Callable[[], bool] = lambda: False) -> None:
+        """TERM the child, wait up to ``grace_s``, then KILL what is left of its family.
+
+        ``hurry`` is asked meanwhile; once it says so, the wait ends at once.
+        """
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        _wait_until(lambda: self._process.poll() is not None, grace_s, hurry)
+        _wait_until(lambda: not self.family(), 2.0, hurry)
+        while strays := self.family():
+            for pid in strays:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            _wait_until(lambda: not self.family(), 5.0, lambda: False)
+        self._process.wait()
+
+    def family(self) -> list[int]:
+        """Processes that run and descend from the child, itself included; not zombies."""
+        marker = f"{_MARKER}={self._family}".encode()
+        alive = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdecimal():
+                continue
+            with contextlib.suppress(OSError):
+                if marker in (entry / "environ").read_bytes().split(b"\0"):
+                    alive.append(int(entry.name))
+        return alive
+
+
+def reap_adopted() -> None:
+    """Collect adopted processes that have ended, once every child of our own was waited for."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _wait_until(done: Callable[[], bool], timeout_s: float, hurry: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done() and time.monotonic() < deadline and not hurry():
+        time.sleep(0.05)
+
+
+class StopSignals:
+    """SIGINT and SIGTERM as a flag that waits wake up for, while the context is open.
+
+    The handlers only count and write to a pipe, so that nothing is interrupted half way. Inside
+    :meth:`raising` they also raise ``KeyboardInterrupt``, for code that blocks in a system call.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Signals received so far; a second one means that the user is in a hurry."""
+        self._raising = False
+        self._previous: dict[int, Any] = {}
+        self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        os.close(self._read_fd)
+        os.close(self._write_fd)
+
+    @property
+    def stopped(self) -> bool:
+        return self.count > 0
+
+    def hurry(self) -> bool:
+        return self.count > 1
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep for ``timeout_s`` or until a signal arrives; whether one has arrived."""
+        if not self.stopped:
+            select.select([self._read_fd], [], [], timeout_s)
+        return self.stopped
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Within, a signal raises ``KeyboardInterrupt`` in the main thread."""
+        self._raising = True
+        try:
+            if self.stopped:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._raising = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._write_fd, b"x")
+        if self._raising:
+            self._raising = False
+            raise KeyboardInterrupt
