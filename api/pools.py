@@ -91,7 +91,7 @@ class PoolMonitor:
 
 
 class CheckedPools:
-    """Pool states, and once all pools serve a check that must pass once (calibrator and scorers)."""
+    """Pool states, and a check that must pass once when all pools serve (the calibrator)."""
 
     def __init__(
         self,

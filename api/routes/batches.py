@@ -13,7 +13,7 @@ from api.bodies import BatchRequest, parse, read_json, window_seconds
 from api.deps import Deps, DepsArg
 from api.openapi import json_body
 from api.parquet import PARQUET, parquet_response
-from api.routes.paging import AfterArg, LimitArg, page
+from api.routes.paging import AfterArg, LimitArg, page, referenced
 from api.schemas import Batch, BatchEvent, Page
 from api.streaming import Json, ndjson_line, ndjson_response, sse_event, sse_response
 from mora_serve.errors import ConflictError, InvalidRequestError
@@ -65,7 +65,7 @@ async def create_batch(
 
 
 async def _check_input_file(deps: Deps, file_id: str) -> None:
-    file, _ = await deps.stores.batches.get_file(file_id)
+    file, _ = await referenced(deps.stores.batches.get_file(file_id), "input_file_id")
     if file["purpose"] != "batch":
         raise InvalidRequestError(
             f"input_file_id must name a file with purpose batch, got {file['purpose']}",

@@ -30,7 +30,7 @@ from api.bodies import FineTuningRequest, parse, read_json
 from api.deps import Deps, DepsArg
 from api.openapi import json_body
 from api.routes.models import unknown_model
-from api.routes.paging import AfterArg, LimitArg, page
+from api.routes.paging import AfterArg, LimitArg, page, referenced
 from api.schemas import FineTuningCheckpoint, FineTuningEvent, FineTuningJob, Page
 from api.streaming import SSE_DONE, Json, sse_event, sse_response
 from mora_serve.errors import InvalidRequestError
@@ -47,9 +47,9 @@ EVENTS_PER_READ = 100
 async def create_job(request: Request, deps: DepsArg) -> Response:
     """Queue a DPO run; a launcher starts a trainer for it."""
     body = parse(FineTuningRequest, await read_json(request))
+    _check_dimensions(deps, body)
     await _check_model(deps, body.model)
     await _check_training_file(deps, body.training_file)
-    _check_dimensions(deps, body)
     job = await deps.stores.jobs.create_job(job_object(body))
     await deps.stores.jobs.add_event(job["id"], {"message": f"Created fine-tuning job {job['id']}"})
     return Json(present(job))
@@ -91,9 +91,9 @@ async def _check_model(deps: Deps, model: str) -> None:
 
 async def _check_training_file(deps: Deps, name: str) -> None:
     if not name.startswith(BATCH_PREFIXES):
-        await deps.stores.batches.get_file(name)
+        await referenced(deps.stores.batches.get_file(name), "training_file")
         return
-    batch = await deps.stores.batches.get_batch(name)
+    batch = await referenced(deps.stores.batches.get_batch(name), "training_file")
     if batch["endpoint"] != REWRITES_URL:
         raise InvalidRequestError(
             f"training_file must name a batch of {REWRITES_URL}, which yields pairs, "
