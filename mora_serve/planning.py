@@ -72,6 +72,7 @@ class Planner:
             temperature=default(request.temperature, defaults.temperature),
             top_p=default(request.top_p, defaults.top_p),
             max_tokens=max_tokens,
+            stop=defaults.stop,
             seed=request.seed,
             model=request.model,
             dimensions=self.dimensions(request.dimensions),

@@ -87,6 +87,7 @@ class Plan:
     temperature: float
     top_p: float
     max_tokens: int
+    stop: tuple[str, ...]
     seed: int | None
     model: str | None
     """Policy version asked for; ``None`` is the current one."""
@@ -144,7 +145,7 @@ class Sampler:
     ) -> ScoredGroup:
         """One round: ``count`` rollouts, scored. Raises :class:`PromptFailedError`."""
         seed = derive_seed(plan.seed, stream)
-        sampling = Sampling(count, plan.temperature, plan.top_p, plan.max_tokens, seed)
+        sampling = Sampling(count, plan.temperature, plan.top_p, plan.max_tokens, seed, plan.stop)
         request = GenerationRequest(prompt, sampling, plan.model)
         try:
             generation = await self._generations.submit(request)
