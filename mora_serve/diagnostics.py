@@ -152,7 +152,8 @@ def diagnose_group(
     needed = method.min_reliability
     details = {k: _describe(item, result.states[k], needed) for k, item in evidence.items()}
     indices, joint = joint_values(group, dimensions)
-    pairs = statistics.conflicting_pairs(joint, method.min_conflict)
+    correlation = statistics.spearman_matrix(joint)
+    pairs = statistics.conflicting_pairs(correlation, len(indices), method.min_conflict)
     cut = [rollout.completion.finish_reason == "length" for rollout in group.rollouts]
     return Diagnostic(
         prompt_id=group.prompt_id,
@@ -162,7 +163,7 @@ def diagnose_group(
         class_probability=result.probability,
         conflicted=None if pairs is None else bool(pairs),
         dimensions=details,
-        correlation=_named_matrix(statistics.spearman_matrix(joint), dimensions),
+        correlation=_named_matrix(correlation, dimensions),
         pareto=tuple(indices[row] for row in statistics.pareto_front(joint)),
         hypervolume=_hypervolume(joint, calibrator, dimensions),
         policy_version=group.policy_version,

@@ -157,18 +157,23 @@ def _welch(a: Floats, b: Floats, fallback_sigma: float) -> tuple[float, float]:
 
 @lru_cache(maxsize=4096)
 def student_quantile(probability: float, freedom: float) -> float:
-    """Quantile of Student's t, by bisection on :func:`student_cdf`; ``probability`` in (0, 1)."""
+    """Quantile of Student's t for ``probability`` in (0, 1) and ``freedom`` of at least 1.
+
+    Newton's method from the normal quantile: above the median the cumulative distribution is
+    concave and the start lies below the root, so the steps rise to it and never overshoot.
+    """
     if not 0 < probability < 1 or freedom < 1:
         raise ValueError(f"need 0 < probability < 1 and freedom >= 1, got {probability}, {freedom}")
     if probability < 0.5:
         return -student_quantile(1 - probability, freedom)
-    low, high = 0.0, 1.0
-    while student_cdf(high, freedom) < probability:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_cdf(middle, freedom) < probability else (low, middle)
-    return (low + high) / 2
+    t = _STANDARD_NORMAL.inv_cdf(probability)
+    for _ in range(100):
+        density = _student_constant(freedom) * (1 + t * t / freedom) ** (-(freedom + 1) / 2)
+        step = (probability - student_cdf(t, freedom)) * math.sqrt(freedom) / density
+        t += step
+        if abs(step) < 1e-10 * (1 + t):
+            break
+    return t
 
 
 def student_cdf(t: float, freedom: float) -> float:
@@ -177,12 +182,16 @@ def student_cdf(t: float, freedom: float) -> float:
     With ``x = sqrt(freedom) * tan(angle)`` the density becomes ``cos(angle)^(freedom - 1)`` up to a
     constant, which is smooth on the finite interval.
     """
-    log_constant = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
-    constant = math.exp(log_constant) / math.sqrt(math.pi)
     end = math.atan(abs(t) / math.sqrt(freedom))
     angles = np.linspace(0.0, end, 401)
     heights = np.cos(angles) ** (freedom - 1)
     step = end / 400
     inner = 4 * heights[1:-1:2].sum() + 2 * heights[2:-1:2].sum()
-    area = constant * step / 3 * float(heights[0] + inner + heights[-1])
+    area = _student_constant(freedom) * step / 3 * float(heights[0] + inner + heights[-1])
     return 0.5 + math.copysign(area, t)
+
+
+def _student_constant(freedom: float) -> float:
+    """Density of Student's t at 0, times ``sqrt(freedom)``."""
+    log_ratio = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    return math.exp(log_ratio) / math.sqrt(math.pi)

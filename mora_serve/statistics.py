@@ -159,33 +159,38 @@ def _log_tails() -> tuple[Floats, Floats]:
 
 
 def ranks(values: ArrayLike) -> Floats:
-    """Ranks from 1, ties averaged."""
+    """Ranks from 1 along the first axis of ``[J]`` or ``[J, K]``, ties averaged."""
     data = _finite(values)
-    _, inverse, counts = np.unique(data, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[inverse], dtype=np.float64)
+    above = (data[:, None] > data[None, :]).sum(axis=1)
+    equal = (data[:, None] == data[None, :]).sum(axis=1)
+    return np.asarray(above + (equal + 1) / 2, dtype=np.float64)
 
 
 def spearman(left: ArrayLike, right: ArrayLike) -> float | None:
     """Spearman rank correlation, ties averaged; ``None`` under 3 points or for a constant side."""
-    a, b = ranks(left), ranks(right)
-    if a.size != b.size:
+    a, b = _finite(left), _finite(right)
+    if a.shape != b.shape:
         raise ValueError(f"both sides must have equal length, got {a.size} and {b.size}")
-    if a.size < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    a, b = a - a.mean(), b - b.mean()
-    return float(np.clip(a @ b / math.sqrt((a @ a) * (b @ b)), -1.0, 1.0))
+    return spearman_matrix(np.stack([a, b], axis=1))[0][1]
 
 
 def spearman_matrix(matrix: ArrayLike) -> list[list[float | None]]:
     """Spearman correlations of the columns of ``matrix`` ``[J, K]``; a defined diagonal is 1."""
-    data = np.asarray(matrix, dtype=np.float64)
-    size = data.shape[1]
-    result: list[list[float | None]] = [[None] * size for _ in range(size)]
-    for i in range(size):
-        for j in range(i, size):
-            result[i][j] = result[j][i] = spearman(data[:, i], data[:, j])
-    return result
+    ranked = ranks(matrix)
+    size = ranked.shape[1]
+    if ranked.shape[0] < 3:
+        return [[None] * size for _ in range(size)]
+    ranked = ranked - ranked.mean(axis=0)
+    products = ranked.T @ ranked
+    norms = [math.sqrt(value) for value in np.diag(products).tolist()]
+    return [
+        [_bounded(float(products[i, j]), norms[i] * norms[j]) for j in range(size)]
+        for i in range(size)
+    ]
+
+
+def _bounded(product: float, norm: float) -> float | None:
+    return min(1.0, max(-1.0, product / norm)) if norm > 0 else None
 
 
 def fisher_upper(r: float, n: int, *, num_pairs: int = 1, level: float = 0.95) -> float:
@@ -204,23 +209,24 @@ def fisher_upper(r: float, n: int, *, num_pairs: int = 1, level: float = 0.95) -
     return math.tanh(math.atanh(r) + quantile / math.sqrt(n - 3))
 
 
-def conflicting_pairs(matrix: ArrayLike, min_conflict: float) -> list[tuple[int, int]] | None:
-    """Column pairs of ``matrix`` ``[J, K]`` that oppose each other; ``None`` under 8 rows.
+def conflicting_pairs(
+    correlation: Sequence[Sequence[float | None]], num_joint: int, min_conflict: float
+) -> list[tuple[int, int]] | None:
+    """Pairs of dimensions that oppose each other; ``None`` under 8 joint rollouts.
 
-    A pair conflicts when its Spearman correlation is below ``-min_conflict`` and the Fisher upper
-    95 % bound, Bonferroni over all pairs, is below 0. A bare cut at -0.5 is wrong in 28 % of
-    independent groups (K=3, n=8).
+    ``correlation`` is the Spearman matrix of ``num_joint`` rollouts. A pair conflicts when its
+    correlation is below ``-min_conflict`` and the Fisher upper 95 % bound, Bonferroni over all
+    pairs, is below 0. A bare cut at -0.5 is wrong in 28 % of independent groups (K=3, n=8).
     """
-    data = np.asarray(matrix, dtype=np.float64)
-    if data.shape[0] < MIN_JOINT:
+    if num_joint < MIN_JOINT:
         return None
-    pairs = list(combinations(range(data.shape[1]), 2))
+    pairs = list(combinations(range(len(correlation)), 2))
     found = []
     for i, j in pairs:
-        r = spearman(data[:, i], data[:, j])
+        r = correlation[i][j]
         if r is None or r >= -min_conflict:
             continue
-        if fisher_upper(r, data.shape[0], num_pairs=len(pairs)) < 0:
+        if fisher_upper(r, num_joint, num_pairs=len(pairs)) < 0:
             found.append((i, j))
     return found
 
@@ -234,12 +240,9 @@ def pareto_front(matrix: ArrayLike) -> list[int]:
     data = _finite(matrix)
     if data.size == 0:
         return []
-    front = []
-    for index, row in enumerate(data):
-        better = (data >= row).all(axis=1) & (data > row).any(axis=1)
-        if not better.any():
-            front.append(index)
-    return front
+    as_good = (data[:, None] >= data[None, :]).all(axis=2)
+    better = as_good & ~as_good.T
+    return [int(row) for row in np.flatnonzero(~better.any(axis=0))]
 
 
 def hypervolume(matrix: ArrayLike, reference: ArrayLike) -> float | None:
@@ -254,23 +257,36 @@ def hypervolume(matrix: ArrayLike, reference: ArrayLike) -> float | None:
     if origin.size > MAX_HYPERVOLUME_DIMENSIONS:
         return None
     shifted = data - origin
-    return _volume(shifted[(shifted > 0).all(axis=1)])
+    inside = shifted[(shifted > 0).all(axis=1)]
+    return _volume([tuple(row) for row in inside[pareto_front(inside)].tolist()])
 
 
-def _volume(points: Floats) -> float:
-    if points.shape[0] == 0:
+def _volume(points: Sequence[tuple[float, ...]]) -> float:
+    """Volume between the origin and ``points``, all coordinates above 0."""
+    if not points:
         return 0.0
-    if points.shape[1] == 1:
-        return float(points.max())
-    points = np.unique(points[pareto_front(points)], axis=0)
-    points = points[np.argsort(-points[:, -1], kind="stable")]
-    heights = np.append(points[:, -1], 0.0)
+    if len(points[0]) == 1:
+        return max(point[0] for point in points)
+    ordered = sorted(points, key=lambda point: point[-1], reverse=True)
+    heights = [point[-1] for point in ordered] + [0.0]
+    if len(points[0]) == 2:
+        return _area(ordered)
     total = 0.0
-    for index in range(points.shape[0]):
+    for index in range(len(ordered)):
         thickness = heights[index] - heights[index + 1]
         if thickness > 0:
-            total += thickness * _volume(points[: index + 1, :-1])
-    return float(total)
+            total += thickness * _volume([point[:-1] for point in ordered[: index + 1]])
+    return total
+
+
+def _area(ordered: Sequence[tuple[float, ...]]) -> float:
+    """Area between the origin and points in the plane, sorted by falling height."""
+    total = width = 0.0
+    for x, height in ordered:
+        if x > width:
+            total += (x - width) * height
+            width = x
+    return total
 
 
 def _value(score: Score | None) -> float | None:
