@@ -26,7 +26,13 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from actors.aio import gather
-from mora_serve.errors import GenerationError, MoraError, OverloadedError, ScoringError
+from mora_serve.errors import (
+    GenerationError,
+    InvalidRequestError,
+    MoraError,
+    OverloadedError,
+    ScoringError,
+)
 from mora_serve.ports import CompletionDelta
 from mora_serve.types import (
     Dimension,
@@ -187,7 +193,12 @@ class ServeScorer:
                 asked.append((name, mine))
         unknown = set(wanted or ()).difference(*self._served.values())
         if unknown:
-            raise ScoringError(f"no scorer serves the dimensions {sorted(unknown)}")
+            known = sorted(set().union(*self._served.values()))
+            raise InvalidRequestError(
+                f"dimensions must be among {known}, got {sorted(unknown)}",
+                "dimensions",
+                "unknown_dimension",
+            )
         return asked
 
     async def _score(

@@ -17,8 +17,8 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from actors.metrics import ScorerMetrics
 from mora_serve.errors import ScoringError
@@ -41,7 +41,7 @@ class _Waiting:
     group: ScoreGroup
     dimensions: tuple[Dimension, ...]
     result: asyncio.Future[GroupScores]
-    since: float = field(default_factory=time.monotonic)
+    since: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,13 @@ class ScorerReplica:
         timeout_s: float,
         token_budget: int,
         metrics: ScorerMetrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scorer = scorer
         self._timeout_s = timeout_s
         self._token_budget = token_budget
         self._metrics = metrics
+        self._clock = clock
         self._served: dict[Dimension, tuple[str, str]] = {}
         self._queue: deque[_Waiting] = deque()
         self._batches: dict[asyncio.Task[None], _Batch] = {}
@@ -87,7 +89,7 @@ class ScorerReplica:
     async def check_health(self) -> None:
         """Raise ``ScoringError`` when no further call can be served."""
         limit = HANG_FACTOR * self._timeout_s
-        if any(time.monotonic() - batch.since > limit for batch in self._batches.values()):
+        if any(self._clock() - batch.since > limit for batch in self._batches.values()):
             raise ScoringError("the scorer hangs")
         check = getattr(self._scorer, "check_health", None)
         if check is not None:
@@ -101,7 +103,7 @@ class ScorerReplica:
         if any(name not in self._served for name in wanted):
             return await self._scorer.score(groups, wanted)
         loop = asyncio.get_running_loop()
-        waiting = [_Waiting(group, wanted, loop.create_future()) for group in groups]
+        waiting = [_Waiting(group, wanted, loop.create_future(), self._clock()) for group in groups]
         self._queue.extend(waiting)
         self._fill()
         try:
@@ -142,7 +144,7 @@ class ScorerReplica:
             batch = self._take()
             if batch:
                 task = asyncio.create_task(self._run(batch))
-                self._batches[task] = _Batch(batch, time.monotonic())
+                self._batches[task] = _Batch(batch, self._clock())
                 task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
@@ -165,7 +167,7 @@ class ScorerReplica:
         return batch
 
     async def _run(self, batch: Sequence[_Waiting]) -> None:
-        started = time.monotonic()
+        started = self._clock()
         try:
             scores = await self._scorer.score([item.group for item in batch], batch[0].dimensions)
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller must be told
@@ -175,7 +177,7 @@ class ScorerReplica:
                 _resolve(item, result)
         if self._metrics is not None:
             self._metrics.batch_groups.observe(len(batch))
-            self._metrics.batch_seconds.observe(time.monotonic() - started)
+            self._metrics.batch_seconds.observe(self._clock() - started)
             for item in batch:
                 self._metrics.queue_seconds.observe(started - item.since)
 

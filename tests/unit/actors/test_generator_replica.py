@@ -1,0 +1,177 @@
+"""The generator replica: which policy versions it serves, its metrics, and its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from actors.fake_engine import FakeEngine
+from actors.generator import EXIT_DEAD_ENGINE, GeneratorReplica, PolicyVersion
+from actors.metrics import GeneratorMetrics
+from mora_serve.config import PolicySettings
+from mora_serve.errors import GenerationError, StorageError
+from mora_serve.store import Stores
+from mora_serve.types import Failure, Generation, GenerationRequest, Message, Sampling
+from tests.contract.generator_contract import GENERATOR_CHECKS, GeneratorCheck
+
+BASE = "fake-policy"
+SETTINGS = PolicySettings(backend="fake", model=BASE, max_model_len=128)
+
+
+class Engine(FakeEngine):
+    """A fake that can die and can refuse a policy version."""
+
+    def __init__(self) -> None:
+        super().__init__(SETTINGS)
+        self.dead = False
+        self.broken: set[str] = set()
+        self.num_published = 0
+
+    async def check_health(self) -> None:
+        if self.dead:
+            raise GenerationError("the engine is not running")
+
+    async def publish(self, versions: Sequence[PolicyVersion], current: str) -> None:
+        if current in self.broken:
+            raise GenerationError("cannot be loaded")
+        self.num_published += 1
+        await super().publish(versions, current)
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation | Failure]:
+        await self.check_health()
+        return await super().generate(requests)
+
+
+def request(model: str | None = None) -> GenerationRequest:
+    return GenerationRequest((Message("user", "Hi"),), Sampling(n=2, seed=1), model)
+
+
+async def publish(stores: Stores, name: str, *, make_current: bool = True) -> None:
+    version = {"id": name, "kind": "lora", "uri": f"/adapters/{name}"}
+    await stores.jobs.publish_policy(version, make_current=make_current)
+
+
+def replica_of(engine: Engine, stores: Stores, **options: object) -> GeneratorReplica:
+    return GeneratorReplica(engine, stores.jobs, BASE, poll_interval_s=3600, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("check", GENERATOR_CHECKS, ids=lambda check: check.__name__)
+async def test_a_replica_keeps_the_contract(check: GeneratorCheck) -> None:
+    replica = replica_of(Engine(), Stores.memory())
+    await replica.start()
+    await check(replica, max_model_len=SETTINGS.max_model_len)
+    await replica.stop()
+
+
+async def test_a_store_without_versions_means_the_base() -> None:
+    replica = replica_of(Engine(), Stores.memory())
+    await replica.start()
+    assert await replica.models() == [BASE]
+    await replica.stop()
+
+
+async def test_a_replica_starts_with_the_current_version() -> None:
+    stores = Stores.memory()
+    await publish(stores, "policy-1")
+    replica = replica_of(Engine(), stores)
+    await replica.start()
+    assert await replica.models() == ["policy-1", BASE]
+    await replica.stop()
+
+
+async def test_rollouts_are_stamped_with_the_version_that_was_published_last() -> None:
+    stores = Stores.memory()
+    replica = replica_of(Engine(), stores)
+    await replica.start()
+    await publish(stores, "policy-1")
+    await publish(stores, "policy-2")
+    await replica.refresh()
+    new, old = await replica.generate([request(), request("policy-1")])
+    assert isinstance(new, Generation)
+    assert isinstance(old, Generation)
+    assert (new.policy_version, old.policy_version) == ("policy-2", "policy-1")
+    await replica.stop()
+
+
+async def test_a_listed_version_can_be_named_before_it_is_current() -> None:
+    stores = Stores.memory()
+    replica = replica_of(Engine(), stores)
+    await replica.start()
+    await publish(stores, "policy-1", make_current=False)
+    await replica.refresh()
+    assert await replica.models() == [BASE, "policy-1"]
+    await replica.stop()
+
+
+async def test_an_unchanged_store_publishes_nothing_again() -> None:
+    engine, stores = Engine(), Stores.memory()
+    replica = replica_of(engine, stores)
+    await replica.start()
+    before = engine.num_published
+    await replica.refresh()
+    assert engine.num_published == before
+    await replica.stop()
+
+
+async def test_a_version_that_cannot_be_loaded_leaves_the_old_one_serving_and_is_tried_again() -> (
+    None
+):
+    engine, stores = Engine(), Stores.memory()
+    replica = replica_of(engine, stores)
+    await replica.start()
+    engine.broken = {"policy-1"}
+    await publish(stores, "policy-1")
+    with pytest.raises(GenerationError):
+        await replica.refresh()
+    assert await replica.models() == [BASE]
+    engine.broken = set()
+    await replica.refresh()
+    assert (await replica.models())[0] == "policy-1"
+    await replica.stop()
+
+
+class Unreachable:
+    """A store that is down."""
+
+    async def list_policies(self) -> list[dict[str, object]]:
+        raise StorageError("no connection")
+
+    async def current_policy(self) -> tuple[str, int]:
+        raise StorageError("no connection")
+
+
+async def test_a_store_that_is_down_changes_nothing() -> None:
+    replica = GeneratorReplica(Engine(), Unreachable(), BASE, poll_interval_s=3600)
+    await replica.start()
+    assert await replica.models() == [BASE]
+    await replica.stop()
+
+
+async def test_a_replica_exits_with_its_engine() -> None:
+    engine, exits = Engine(), list[int]()
+    replica = replica_of(engine, Stores.memory(), exit_process=exits.append)
+    await replica.start()
+    await replica.check_health()
+    assert exits == []
+    engine.dead = True
+    with pytest.raises(GenerationError):
+        await replica.generate([request()])
+    assert exits == [EXIT_DEAD_ENGINE]
+    await replica.stop()
+
+
+async def test_prompts_and_tokens_are_counted() -> None:
+    registry = CollectorRegistry()
+    replica = replica_of(Engine(), Stores.memory(), metrics=GeneratorMetrics(registry))
+    await replica.start()
+    good, _ = await replica.generate([request(), request("nobody")])
+    assert isinstance(good, Generation)
+    count = registry.get_sample_value
+    assert count("mora_generator_requests_total", {"outcome": "ok"}) == 1
+    assert count("mora_generator_requests_total", {"outcome": "model_not_found"}) == 1
+    drawn = sum(completion.num_tokens for completion in good.completions)
+    assert count("mora_generator_tokens_total", {"kind": "completion"}) == drawn
+    assert count("mora_generator_in_flight") == 0
+    await replica.stop()
