@@ -146,6 +146,8 @@ class SamplingSettings(Section):
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     max_tokens: int = Field(default=64, ge=1)
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer, for example a blank line; not part of its text."""
 
 
 class MethodSettings(Section):

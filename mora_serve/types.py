@@ -1,7 +1,8 @@
 """Values that cross a port: prompts, sampling parameters, completions, scores, rollouts.
 
 These are records without behaviour. They are frozen, picklable across Ray and free of engine types.
-What is computed from them (statistics, classes, gains, pairs) lives with the module that computes it.
+What is computed from them (statistics, classes, gains, pairs) lives with the module that computes
+it.
 """
 
 from __future__ import annotations
