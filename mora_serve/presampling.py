@@ -17,7 +17,7 @@ from mora_serve.calibration import Calibrator, calibrate_group
 from mora_serve.concurrency import MicroBatcher
 from mora_serve.config import MethodSettings
 from mora_serve.diagnostics import Diagnostic, diagnose_group, needs_more
-from mora_serve.errors import GenerationError, MoraError, ScoringError
+from mora_serve.errors import GenerationError, MoraError, OverloadedError, ScoringError
 from mora_serve.identity import prompt_id
 from mora_serve.ports import Generator, Scorer
 from mora_serve.types import (
@@ -149,8 +149,8 @@ class Sampler:
         request = GenerationRequest(prompt, sampling, plan.model)
         try:
             generation = await self._generations.submit(request)
-        except GenerationError as error:
-            raise PromptFailedError(Failure("generation_failed", str(error), True)) from error
+        except (GenerationError, OverloadedError) as error:
+            raise _failed("generation_failed", error) from error
         if isinstance(generation, Failure):
             raise PromptFailedError(generation)
         usage.prompt_tokens += generation.num_prompt_tokens
@@ -197,8 +197,8 @@ class Sampler:
         """Raw scores of answers to one prompt. Raises :class:`PromptFailedError`."""
         try:
             return await self._scoring(dimensions).submit(ScoreGroup(prompt, texts))
-        except ScoringError as error:
-            raise PromptFailedError(Failure("scoring_failed", str(error), True)) from error
+        except (ScoringError, OverloadedError) as error:
+            raise _failed("scoring_failed", error) from error
 
     def diagnose(self, group: ScoredGroup, plan: Plan) -> Diagnostic:
         """Diagnose a calibrated group at the plan's ``n``."""
@@ -221,6 +221,11 @@ class Sampler:
 VERSION_CHANGED = Failure(
     "policy_version_changed", "the policy was replaced again and again while sampling", True
 )
+
+
+def _failed(code: str, error: MoraError) -> PromptFailedError:
+    overloaded = isinstance(error, OverloadedError)
+    return PromptFailedError(Failure("overloaded" if overloaded else code, str(error), True))
 
 
 def merge_groups(first: ScoredGroup, second: ScoredGroup) -> ScoredGroup:

@@ -25,7 +25,13 @@ from mora_serve.calibration import Calibrator, calibrate_score
 from mora_serve.concurrency import bounded
 from mora_serve.config import Settings
 from mora_serve.diagnostics import Diagnostic, aggregate, failed_diagnostic
-from mora_serve.errors import GenerationError, InvalidRequestError, NotFoundError, ScoringError
+from mora_serve.errors import (
+    GenerationError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    ScoringError,
+)
 from mora_serve.identity import content_hash, prompt_id
 from mora_serve.planning import Planner, default
 from mora_serve.ports import Generator, Rewriter, Scorer
@@ -47,6 +53,8 @@ from mora_serve.wire import JSON
 
 PROMPTS_IN_FLIGHT = 64
 """Prompts of one request being worked on at a time: keeps engines full and memory bounded."""
+RETRY_AFTER_S = 1.0
+"""What a request is told when every prompt of it met full queues."""
 ROWS_PER_WINDOW = 256
 """Rows of ``/v1/scores`` looked at together, to score the answers to one prompt in one pass."""
 
@@ -132,10 +140,13 @@ class MoraService:
             async for item in outcomes:
                 done.append(replace(item.diagnostic, group=None))
                 yield _outcome_json(item, include_rollouts=wanted)
-        n_max = None if request.responses is not None else plan.n_max
+        given = request.responses is not None
+        summary = wire.aggregate_json(aggregate(done, None if given else plan.n_max))
+        if given:
+            summary["share_cut"] = None
         yield {
             "object": "diagnostic.summary",
-            "aggregate": wire.aggregate_json(aggregate(done, n_max)),
+            "aggregate": summary,
             "usage": usage.to_dict(),
         }
 
@@ -244,7 +255,7 @@ class MoraService:
         try:
             scored = await self._sampler.score_texts(prompt, texts, dimensions)
         except PromptFailedError as error:
-            raise ScoringError(str(error)) from error
+            raise _as_request_error(error.failure, "rows") from error
         calibrator = self._sampler.calibrator
         values = [
             {k: calibrate_score(score, k, calibrator) for k, score in scores.items()}
@@ -329,6 +340,8 @@ def _raise_if_all_failed(items: Sequence[JSON]) -> None:
 
 
 def _as_request_error(failure: Failure, param: str) -> Exception:
+    if failure.code == "overloaded":
+        return OverloadedError(failure.message, RETRY_AFTER_S)
     if failure.code == "scoring_failed":
         return ScoringError(failure.message)
     if failure.retryable:
