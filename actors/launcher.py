@@ -57,6 +57,7 @@ class TrainerLauncher:
         ray_address: Callable[[], str | None] = running_ray_address,
         lease_ttl_s: float = LEASE_TTL_S,
         poll_interval_s: float = 0.5,
+        cancel_grace_s: float = CANCEL_GRACE_S,
     ) -> None:
         """``command`` gets the job's id appended; tests start something cheaper."""
         self._jobs = jobs
@@ -65,6 +66,7 @@ class TrainerLauncher:
         self._ray_address = ray_address
         self._ttl_s = lease_ttl_s
         self._poll_s = poll_interval_s
+        self._cancel_grace_s = cancel_grace_s
         self._worker = new_id("launcher")
         self._stopping = asyncio.Event()
 
@@ -87,7 +89,8 @@ class TrainerLauncher:
     async def _run_job(self, job: Mapping[str, Any]) -> None:
         """One job to a terminal state, or until we are stopped or lose it.
 
-        ``restarts`` on the job counts starts after the first one, over all launchers.
+        ``restarts`` on the job counts trainers that ended or vanished, over all launchers; a job
+        that was handed back in order is not charged.
         """
         job_id = str(job["id"])
         if job.get("started"):
@@ -99,6 +102,7 @@ class TrainerLauncher:
             if current["status"] in TERMINAL:
                 return
             if status is None:
+                await self._jobs.update_job(job_id, started=False)
                 await self._jobs.heartbeat_job(job_id, self._worker, RELEASE_TTL_S)
                 return
             if int(current.get("restarts") or 0) >= self._settings.trainer.max_restarts:
@@ -132,7 +136,7 @@ class TrainerLauncher:
             return True
 
     async def _wait_for_end(self, child: Child) -> None:
-        for _ in range(int(CANCEL_GRACE_S / self._poll_s)):
+        for _ in range(int(self._cancel_grace_s / self._poll_s)):
             if child.poll() is not None or self._stopping.is_set():
                 return
             await self._pause(self._poll_s)

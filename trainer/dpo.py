@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -192,6 +193,13 @@ class StreamingDPOTrainer(DPOTrainer):  # type: ignore[misc]
             self.train_dataset, batch_size=self.args.train_batch_size, collate_fn=self._collate
         )
 
+    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
+        """As the stock one, but data that has ended also ends the epoch's loop over steps."""
+        samples, num_items = super().get_batch_samples(*args, **options)
+        if not samples:
+            self.control.should_epoch_stop = True
+        return samples, num_items
+
     def create_model_card(self, *_args: Any, **_options: Any) -> None:
         """Checkpoints carry no card; the published version has its provenance in the store."""
 
@@ -293,6 +301,7 @@ def run_dpo(
         peft_config=lora_config(job) if job.lora and not isinstance(model, PeftModel) else None,
         callbacks=[callback],
     )
+    trainer.remove_callback(PrinterCallback)
     callback.trainer = trainer
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     return trainer.run_state(done=callback._done)

@@ -118,7 +118,7 @@ def _checked(row: Any, number: int) -> dict[str, Any]:
         turns = row.get(name)
         if not isinstance(turns, list) or not turns or not all(map(_is_message, turns)):
             raise _bad(number, f"must have a non-empty message list {name}")
-    return row
+    return dict(row)
 
 
 def _is_message(turn: Any) -> bool:
