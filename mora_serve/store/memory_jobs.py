@@ -68,7 +68,9 @@ class MemoryJobs:
     async def add_event(self, job_id: str, event: Mapping[str, Any]) -> None:
         self._job(job_id)
         stored = new_event(event, int(self._clock()))
-        self._events.setdefault(job_id, []).append(stored)
+        events = self._events.setdefault(job_id, [])
+        if all(known["id"] != stored["id"] for known in events):
+            events.append(stored)
 
     async def list_events(
         self, job_id: str, *, after: str | None, limit: int
