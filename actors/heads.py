@@ -100,7 +100,9 @@ class HeadScorer:
         unknown = [name for name in dimensions if name not in served]
         if unknown:
             raise InvalidRequestError(
-                f"dimensions must be among {', '.join(served)}, got {unknown[0]!r}", "dimensions"
+                f"dimensions must be among {', '.join(served)}, got {unknown[0]!r}",
+                "dimensions",
+                "unknown_dimension",
             )
         return tuple(dimensions)
 

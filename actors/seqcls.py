@@ -93,6 +93,7 @@ class SequenceClassificationScorer:
             raise InvalidRequestError(
                 f"dimensions must be among {self._dimension}, got {sorted(dimensions)}",
                 "dimensions",
+                "unknown_dimension",
             )
         if dimensions is not None and not dimensions:
             return [[{} for _ in group.responses] for group in groups]
