@@ -10,6 +10,7 @@ policy versions are never mixed: when it changes between rounds, earlier rounds 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -124,7 +125,7 @@ class Sampler:
         """
         group: ScoredGroup | None = None
         changes = 0
-        for number in range(plan.n_max * (MAX_VERSION_CHANGES + 1)):
+        for number in itertools.count():
             drawn = 0 if group is None else len(group.rollouts)
             count = min(plan.n, plan.n_max - drawn)
             fresh = await self.draw(prompt, plan, usage, count=count, stream=f"{stream}/{number}")
@@ -132,13 +133,13 @@ class Sampler:
                 usage.discarded_rollouts += drawn
                 changes += 1
                 if changes > MAX_VERSION_CHANGES:
-                    break
+                    raise PromptFailedError(VERSION_CHANGED)
                 group = None
             group = fresh if group is None else merge_groups(group, fresh)
             diagnostic = self.diagnose(group, plan)
             if not needs_more(diagnostic, plan.n_max):
                 return diagnostic
-        raise PromptFailedError(VERSION_CHANGED)
+        raise AssertionError("the rounds of a prompt end within the loop")
 
     async def draw(
         self, prompt: Messages, plan: Plan, usage: Usage, *, count: int, stream: str
