@@ -224,12 +224,12 @@ class _HookCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer: StreamingDPOTrainer | None = None
         self.metrics: dict[str, float] = {}
         self._saved_step = -1
-        self._done = False
+        self.done = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._done = state.global_step >= state.max_steps
+        self.done = state.global_step >= state.max_steps
         if self.hooks.should_stop():
             control.should_training_stop = True
 
@@ -253,10 +253,11 @@ class _HookCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         # One epoch spans the whole run, so its end is the end of the data, of max_steps, or a stop.
+        # A checkpoint at its last step that was not marked as done finds no row when resumed.
         if not control.should_training_stop:
-            self._done = True
+            self.done = True
             control.should_training_stop = True
-        control.should_save = self._saved_step != state.global_step or self._done
+        control.should_save = self._saved_step != state.global_step
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -264,7 +265,7 @@ class _HookCallback(TrainerCallback):  # type: ignore[misc]
         assert self.trainer is not None, "bound before training starts"
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
-            self.trainer.run_state(done=self._done).save(folder)
+            self.trainer.run_state(done=self.done).save(folder)
         self._saved_step = state.global_step
         self.hooks.checkpoint(folder, state.global_step, self.metrics)
 
@@ -304,4 +305,4 @@ def run_dpo(
     trainer.remove_callback(PrinterCallback)
     callback.trainer = trainer
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    return trainer.run_state(done=callback._done)
+    return trainer.run_state(done=callback.done)
