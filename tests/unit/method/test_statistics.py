@@ -231,6 +231,8 @@ def test_hypervolume_equals_inclusion_exclusion(rows: np.ndarray) -> None:
 def test_points_not_above_the_reference_add_no_volume() -> None:
     assert stats.hypervolume([[2.0, 0.0], [-1.0, 5.0]], [0.0, 0.0]) == 0.0
     assert stats.hypervolume([[2.0, 1.0], [9.0, 0.0]], [0.0, 0.0]) == pytest.approx(2.0)
+    assert stats.hypervolume([[-3.0]], [0.0]) == 0.0
+    assert stats.hypervolume([[1.0, 1.0, 1.0], [2.0, 2.0, -1.0]], [0.0] * 3) == pytest.approx(1.0)
 
 
 def test_hypervolume_beyond_four_dimensions_is_null() -> None:
