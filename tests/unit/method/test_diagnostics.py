@@ -84,7 +84,7 @@ def test_missing_scores_are_unknown_neither_low_nor_inactive(status: str | None)
     assert result.prompt_class == "unknown"
     assert (item.reach, item.state, item.n_valid) == (None, None, 3)
     assert result.class_probability is None
-    assert not needs_more(result, 24)
+    assert not needs_more(diagnose(MIDDLE, column, LOW), 24)
 
 
 def test_a_few_failed_scores_do_not_move_the_statistics_towards_zero() -> None:
