@@ -182,6 +182,11 @@ class ResumableRows:
             self._marks.append(position)
             yield {name: row[name] for name in ("prompt", "chosen", "rejected")}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What ``datasets`` fingerprints instead of us: a live feed cannot be pickled."""
+        source = self.source
+        return tuple, ((self.start.number, self.start.seq, source.rank, source.world_size),)
+
     def consumed(self, num_rows: int) -> None:
         """Count rows of the running iteration that went into a training step."""
         self._consumed += num_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -216,3 +217,12 @@ def test_consuming_more_than_was_handed_out_is_an_error() -> None:
 def test_rows_carry_only_what_trl_reads() -> None:
     rows = ResumableRows(PairSource(ListFeed([pair(0)])), Position())
     assert set(next(rows())) == {"prompt", "chosen", "rejected"}
+
+
+def test_rows_over_a_live_connection_can_be_fingerprinted() -> None:
+    class Connected(ListFeed):
+        def __reduce__(self) -> tuple[Any, ...]:
+            raise TypeError("a connection cannot be pickled")
+
+    rows = ResumableRows(PairSource(Connected([pair(0)])), Position(0, 4))
+    assert pickle.dumps(rows)
