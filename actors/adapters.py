@@ -18,7 +18,7 @@ when a replacement is still starting.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
@@ -125,7 +125,7 @@ class ServeGenerator:
 
         return await retrying(attempt, GenerationError, self._max_tries)
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[CompletionDelta]:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[CompletionDelta, None]:
         """A stream is not tried again once a delta was handed out."""
         response = self._handle.options(stream=True).stream.remote(request)
         try:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.aio import Gate, gather
 from actors.generator import PolicyVersion
+from actors.guard import ChildGuard, child_pids
 from actors.runtime import cpu_engine_environment, environment
 from mora_serve.config import PolicySettings
 from mora_serve.errors import ConfigError, GenerationError, InvalidRequestError, NotFoundError
@@ -50,6 +51,9 @@ logger = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 20.0
 """A health probe is answered between two engine steps; slower than this, the engine hangs."""
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Layers that adapters may change on CPU. Without a limit vLLM wraps the output layer as well, and
+then gathers its adapter weights (vocabulary x rank) for every sampled token, adapter or not."""
 MAX_CPU_LORAS = 16
 """Adapters kept in memory. One that was evicted is read again from its directory."""
 
@@ -73,6 +77,7 @@ class VllmGenerator:
         self._settings = settings
         self._model_dir = model_dir
         self._engine: Any = None
+        self._guard: ChildGuard | None = None
         self._tokenizer: Any = None
         self._seeded = True
         self._current = settings.model
@@ -99,8 +104,10 @@ class VllmGenerator:
             else self._settings.engine_env
         )
         _require_model(self._model_dir)
+        before = child_pids()
         with environment(variables):
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._guard = ChildGuard(child_pids() - before)
         self._tokenizer = self._engine.get_tokenizer()
         self._seeded = not (on_cpu and arguments["enable_chunked_prefill"])
         if not self._seeded:
@@ -120,6 +127,13 @@ class VllmGenerator:
     async def stop(self) -> None:
         if self._engine is not None:
             self._engine.shutdown()
+        if self._guard is not None:
+            self._guard.release()
+
+    def num_unfinished(self) -> int:
+        """Samples that the engine works on or has queued."""
+        count: int = self._engine.output_processor.get_num_unfinished_requests()
+        return count
 
     # --- policy versions --------------------------------------------------------------------------
 
@@ -319,6 +333,8 @@ def engine_arguments(settings: PolicySettings, model: str, *, on_cpu: bool) -> d
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(2048, settings.max_model_len)
         arguments["enforce_eager"] = True
+        if settings.lora:
+            arguments["lora_target_modules"] = list(LORA_TARGETS)
     return {**arguments, **settings.engine}
 
 

@@ -9,7 +9,6 @@ from typing import Any, cast
 import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError
-from serve_stand_in import Handle
 
 from actors import adapters
 from actors.adapters import ServeGenerator, ServeScorer, translate
@@ -22,6 +21,7 @@ from mora_serve.errors import (
 )
 from mora_serve.fakes import FakeGenerator, FakeScorer
 from mora_serve.types import Failure, Generation, GenerationRequest, Message, Sampling, ScoreGroup
+from tests.unit.actors.serve_stand_in import Handle
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,8 @@ def group(text: str = "Hi") -> ScoreGroup:
 
 
 def lost() -> Exception:
-    return ActorUnavailableError("the actor is unavailable", None)
+    error: Exception = ActorUnavailableError("the actor is unavailable", None)
+    return error
 
 
 def raised_remotely(cause: Exception) -> RayTaskError:
