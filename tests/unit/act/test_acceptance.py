@@ -105,6 +105,14 @@ def test_missing_scores_decide_nothing() -> None:
     assert selection_gain(empty, full, TARGETS, CALIBRATOR, 8) is None
 
 
+def test_missing_scores_on_what_the_original_reaches_decide_nothing() -> None:
+    rng = np.random.default_rng(8)
+    better = [9.0 + 0.1 * i for i in range(16)]
+    unproven = scored({"helpful": [None] * 16, "harmless": better, "truthful": better})
+    decision = decided(unproven, sampled(rng, 16), ("helpful",))
+    assert (decision.accepted, decision.reason) == (False, "missing_scores")
+
+
 def test_choice_takes_the_largest_gain_and_the_first_of_equals() -> None:
     assert choose([0.1, 0.5, None, 0.5]) == 1
     assert choose([None, -1.0]) == 1

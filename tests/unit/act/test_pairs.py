@@ -117,6 +117,13 @@ def test_rewards_of_equal_sum_but_different_dimensions_still_give_sequential_pai
     assert chosen(second) == (1, 0)
 
 
+def test_a_stage_protects_the_dimensions_before_it_and_not_those_after() -> None:
+    group = scored({"a": [2.0, 0.0], "b": [0.0, 2.0]})
+    first, second = select_pairs(group, AB, "sequential", PairRules(tolerance=0.5))
+    assert chosen(first) == (0, 1)
+    assert reason(second) == "tolerance"
+
+
 def test_a_sequential_stage_keeps_what_was_aligned_before() -> None:
     group = scored({"a": [0.0, -2.0, -0.2], "b": [0.0, 3.0, 1.0]})
     outcome = select_sequential(group, AB, "b", ("a",), PairRules())
@@ -137,6 +144,8 @@ def test_ties_break_by_rollout_index() -> None:
     group = scored({"a": [1.0, 1.0, 0.0, 0.0], "b": [0.0] * 4})
     assert chosen(select_simultaneous(group, AB, LOOSE)) == (0, 2)
     assert chosen(select_sequential(group, AB, "a", (), LOOSE)) == (0, 2)
+    backwards = replace(group, rollouts=group.rollouts[::-1])
+    assert chosen(select_simultaneous(backwards, AB, LOOSE)) == (0, 2)
 
 
 def test_a_length_only_win_is_dropped_and_a_real_one_is_kept() -> None:
