@@ -62,7 +62,7 @@ def create_app(deps: Deps) -> FastAPI:
         BodyLimits, max_body_bytes=server.max_body_bytes, max_upload_bytes=server.max_upload_bytes
     )
     app.add_middleware(Authentication, keys=[key.get_secret_value() for key in server.api_keys])
-    app.add_middleware(RequestContext, metrics=deps.metrics)
+    app.add_middleware(RequestContext, metrics=deps.metrics, sets_request_id=deps.sets_request_id)
     install_error_handlers(app)
 
     async def on_gone(_: Request, __: Exception) -> Response:

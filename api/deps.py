@@ -43,6 +43,8 @@ class Deps:
     poll_interval_s: float = 0.5
     """How often event streams look at the store."""
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
+    sets_request_id: bool = True
+    """False where a server around us already puts ``x-request-id`` on every response."""
     publisher: MetricsPublisher | None = None
     """Posts our metrics for other gateway replicas' ``/metrics``; run while the app runs."""
 

@@ -6,6 +6,8 @@ ports, not Ray.
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +46,8 @@ class Gateway:
     ) -> None:
         # ``background`` workers are bound so that they are deployed with us; nobody calls them.
         self._settings = settings_from_dump(dump)
+        level = self._settings.log_level.upper()
+        logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(message)s")
         self._generator = ServeGenerator(generator)
         self._scorer = ServeScorer(scorers)
         self._pools = tuple(
@@ -70,6 +74,7 @@ class Gateway:
                     PoolMonitor(_deployments, self._pools), None if idle else service.start
                 ),
                 replica=name,
+                sets_request_id=False,
                 metrics=metrics,
                 publisher=MetricsPublisher(stores.metrics, name, metrics.registry),
             )
