@@ -158,6 +158,8 @@ def build_config(job: TrainingJob, output_dir: Path, *, use_gpu: bool) -> DPOCon
         save_total_limit=1,
         ignore_data_skip=True,
         dataloader_num_workers=0,
+        # Every trained weight takes part in every step; looking for others costs a graph walk.
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=use_gpu,
         disable_tqdm=True,
         report_to="none",
