@@ -95,7 +95,7 @@ class GeneratorReplica:
         await self._engine.start()
         await self._engine.publish([self._base], self._base.id)
         if self._policies is not None:
-            await self.refresh()
+            await self._try_refresh()
             self._watcher = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -194,7 +194,11 @@ class GeneratorReplica:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self._poll_interval_s)
-            try:
-                await self.refresh()
-            except GenerationError as error:
-                logger.error("a policy version could not be loaded: %s", error)
+            await self._try_refresh()
+
+    async def _try_refresh(self) -> None:
+        """A version that cannot be loaded costs nothing but itself; it is tried again."""
+        try:
+            await self.refresh()
+        except GenerationError as error:
+            logger.error("a policy version could not be loaded: %s", error)

@@ -1,7 +1,7 @@
-"""Process environment of the engine: what must be set before its processes start.
+"""What the engine is started with: its arguments, its seeds, and its processes' environment.
 
-The engine runs in child processes of the replica, so this is decided on the machine that hosts it,
-from the cores it may use there. On CPU three things matter (measured, see the README):
+The engine runs in child processes of the replica, so their environment is decided on the machine
+that hosts it, from the cores it may use there. On CPU three things matter (measured, see README):
 
 - vLLM's automatic binding keeps one core for itself, which is half of a two-core machine: bind the
   OpenMP threads to every core instead;
@@ -12,14 +12,57 @@ from the cores it may use there. On CPU three things matter (measured, see the R
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from mora_serve.config import PolicySettings
 
 KV_CACHE_GIB = "2"
 OPENMP = Path("lib") / "libiomp5.so"
+MAX_CPU_LORAS = 16
+"""Adapters kept in memory. One that was evicted is read again from its directory."""
+
+
+def engine_arguments(settings: PolicySettings, model: str, *, on_cpu: bool) -> dict[str, Any]:
+    """Keyword arguments of vLLM's ``AsyncEngineArgs``; ``settings.engine`` wins.
+
+    On CPU chunked prefill is off: vLLM 0.32 rewinds the random generator of a seeded request whose
+    prompt was prefilled in part (``Generator.get_offset``), which CPU generators do not support,
+    and the error ends the engine. Without chunks a prompt is prefilled in one step, so the step's
+    token budget must hold the longest one.
+    """
+    arguments: dict[str, Any] = {
+        "model": model,
+        "served_model_name": settings.model,
+        "max_model_len": settings.max_model_len,
+        "enable_lora": settings.lora and not on_cpu,
+        "enable_log_requests": False,
+    }
+    if on_cpu:
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(2048, settings.max_model_len)
+        arguments["enforce_eager"] = True
+    arguments |= settings.engine
+    if arguments["enable_lora"]:
+        arguments.setdefault("max_loras", settings.max_loras)
+        arguments.setdefault("max_lora_rank", settings.max_lora_rank)
+        arguments.setdefault("max_cpu_loras", max(MAX_CPU_LORAS, settings.max_loras))
+    return arguments
+
+
+def engine_seed(seed: int, token_ids: Sequence[int]) -> int:
+    """Seed of the first sample of a prompt; vLLM gives sample ``i`` this plus ``i``.
+
+    Hashed with the prompt, so that neighbouring seeds do not repeat each other's samples (seed 1,
+    sample 0 would be seed 0, sample 1) and different prompts do not share their random numbers.
+    """
+    key = f"{seed}:{','.join(map(str, token_ids))}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2
 
 
 def cpu_engine_environment(

@@ -4,8 +4,13 @@ One request draws all ``n`` samples. Everything that could be at fault in a requ
 before the engine sees it, since an error inside the engine ends it for everybody. Policy versions::
 
     base      the model directory the engine was started with
-    lora      an adapter of the base, chosen per request, so versions are sampled side by side
-    merged    full weights, loaded in place of the base's; then no other version can be sampled
+    lora      an adapter of the base; where the engine applies adapters (``enable_lora``), one per
+              request, so that versions are sampled side by side
+    merged    full weights, loaded in place of the base's
+
+vLLM 0.32 applies adapters on CPU by gathering a copy of their matrices for every token, which makes
+it many times slower. There an adapter is merged into the base's weights instead, and loaded like
+full weights. While other weights than the base's are loaded, only they can be sampled.
 
 Replacing weights waits for the requests in flight and holds new ones back, so that every completion
 comes from exactly one version.
@@ -17,8 +22,8 @@ equal texts: the batch that a request happens to share decides how sums are roun
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
+import tempfile
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
@@ -29,7 +34,13 @@ from typing import TYPE_CHECKING, Any
 from actors.aio import Gate, gather
 from actors.generator import PolicyVersion
 from actors.guard import ChildGuard, child_pids
-from actors.runtime import cpu_engine_environment, environment
+from actors.merge import merge_adapter, require_same_shapes
+from actors.runtime import (
+    cpu_engine_environment,
+    engine_arguments,
+    engine_seed,
+    environment,
+)
 from mora_serve.config import PolicySettings
 from mora_serve.errors import ConfigError, GenerationError, InvalidRequestError, NotFoundError
 from mora_serve.ports import CompletionDelta
@@ -51,11 +62,6 @@ logger = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 20.0
 """A health probe is answered between two engine steps; slower than this, the engine hangs."""
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Layers that adapters may change on CPU. Without a limit vLLM wraps the output layer as well, and
-then gathers its adapter weights (vocabulary x rank) for every sampled token, adapter or not."""
-MAX_CPU_LORAS = 16
-"""Adapters kept in memory. One that was evicted is read again from its directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +87,10 @@ class VllmGenerator:
         self._tokenizer: Any = None
         self._seeded = True
         self._current = settings.model
-        self._weights = PolicyVersion(settings.model, "base", None)
+        self._base = PolicyVersion(settings.model, "base", None)
+        self._weights = self._base
+        self._side_by_side = False
+        self._is_broken = False
         self._adapters: dict[str, LoRARequest] = {}
         self._adapter_ids = 0
         self._gate = Gate()
@@ -109,6 +118,7 @@ class VllmGenerator:
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._guard = ChildGuard(child_pids() - before)
         self._tokenizer = self._engine.get_tokenizer()
+        self._side_by_side = bool(arguments["enable_lora"])
         self._seeded = not (on_cpu and arguments["enable_chunked_prefill"])
         if not self._seeded:
             logger.warning("seeds are ignored: chunked prefill on CPU ends the engine with them")
@@ -117,7 +127,7 @@ class VllmGenerator:
 
     async def check_health(self) -> None:
         """Raise ``GenerationError`` when the engine is gone or does not answer."""
-        if self._engine is None or self._engine.errored:
+        if self._engine is None or self._engine.errored or self._is_broken:
             raise GenerationError("the engine is not running")
         try:
             await asyncio.wait_for(self._engine.is_paused(), PROBE_TIMEOUT_S)
@@ -146,12 +156,14 @@ class VllmGenerator:
         were served before stay. Another version that cannot be loaded is left out and logged."""
         by_id = {version.id: version for version in versions}
         chosen = by_id[current]
-        weights = chosen if chosen.kind != "lora" else self._base()
+        beside = self._side_by_side and chosen.kind == "lora"
+        weights = self._base if beside else chosen
         if weights != self._weights:
             await self._replace_weights(weights)
-        for version in versions if weights.kind == "base" else ():
-            if version.kind == "lora" and version.id not in self._adapters:
-                await self._load_adapter(version, required=version.id == current)
+        if self._side_by_side and weights.kind == "base":
+            for version in versions:
+                if version.kind == "lora" and version.id not in self._adapters:
+                    await self._load_adapter(version, required=version.id == current)
         for name in set(self._adapters) - set(by_id):
             await self._engine.remove_lora(self._adapters.pop(name).lora_int_id)
         self._current = current
@@ -162,8 +174,6 @@ class VllmGenerator:
         self._adapter_ids += 1
         adapter = LoRARequest(version.id, self._adapter_ids, str(version.uri))
         try:
-            if not self._settings.lora:
-                raise GenerationError("policy.lora must be true to serve adapters")
             await self._engine.add_lora(adapter)
         except Exception as error:
             if required or self._engine.errored:
@@ -173,21 +183,33 @@ class VllmGenerator:
         self._adapters[version.id] = adapter
 
     async def _replace_weights(self, weights: PolicyVersion) -> None:
-        path = weights.uri if weights.uri is not None else self._model_dir
-        async with self._gate.closed():
-            await self._engine.pause_generation(mode="wait", clear_cache=True)
-            try:
-                await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
-            except Exception as error:
-                raise GenerationError(f"policy version {weights.id} cannot be loaded") from error
-            finally:
-                await self._engine.resume_generation()
-            self._weights = weights
-            self._adapters.clear()
-            self._current = weights.id
+        """Everything that can be wrong with a version is found before the engine is touched."""
+        with tempfile.TemporaryDirectory(prefix="mora-merged-") as scratch:
+            path = await asyncio.to_thread(self._weights_of, weights, Path(scratch))
+            async with self._gate.closed():
+                await self._engine.pause_generation(mode="wait", clear_cache=True)
+                try:
+                    arguments = {"weights_path": str(path)}
+                    await self._engine.collective_rpc("reload_weights", kwargs=arguments)
+                except Exception as error:
+                    self._is_broken = True
+                    raise GenerationError(f"loading {weights.id} broke the engine") from error
+                finally:
+                    await self._engine.resume_generation()
+                self._weights = weights
+                self._adapters.clear()
+                self._current = weights.id
 
-    def _base(self) -> PolicyVersion:
-        return PolicyVersion(self._settings.model, "base", None)
+    def _weights_of(self, version: PolicyVersion, scratch: Path) -> Path:
+        """A directory with the full weights of a version, checked to fit the engine's model."""
+        base = Path(self._model_dir)
+        if version.uri is None:
+            return base
+        if version.kind == "lora":
+            merge_adapter(base, Path(version.uri), scratch)
+            return scratch
+        require_same_shapes(base, Path(version.uri))
+        return Path(version.uri)
 
     # --- sampling ---------------------------------------------------------------------------------
 
@@ -308,44 +330,6 @@ class VllmGenerator:
 def _require_model(path: str) -> None:
     if Path(path).is_absolute() and not Path(path).is_dir():
         raise ConfigError(f"policy.path must be a model directory, got {path}")
-
-
-def engine_arguments(settings: PolicySettings, model: str, *, on_cpu: bool) -> dict[str, Any]:
-    """Keyword arguments of vLLM's ``AsyncEngineArgs``; ``settings.engine`` wins.
-
-    On CPU chunked prefill is off: vLLM 0.32 rewinds the random generator of a seeded request whose
-    prompt was prefilled in part (``Generator.get_offset``), which CPU generators do not support,
-    and the error ends the engine. Without chunks a prompt is prefilled in one step, so the step's
-    token budget must hold the longest one.
-    """
-    arguments: dict[str, Any] = {
-        "model": model,
-        "served_model_name": settings.model,
-        "max_model_len": settings.max_model_len,
-        "enable_lora": settings.lora,
-        "enable_log_requests": False,
-    }
-    if settings.lora:
-        arguments["max_loras"] = settings.max_loras
-        arguments["max_lora_rank"] = settings.max_lora_rank
-        arguments["max_cpu_loras"] = max(MAX_CPU_LORAS, settings.max_loras)
-    if on_cpu:
-        arguments["enable_chunked_prefill"] = False
-        arguments["max_num_batched_tokens"] = max(2048, settings.max_model_len)
-        arguments["enforce_eager"] = True
-        if settings.lora:
-            arguments["lora_target_modules"] = list(LORA_TARGETS)
-    return {**arguments, **settings.engine}
-
-
-def engine_seed(seed: int, token_ids: Sequence[int]) -> int:
-    """Seed of the first sample of a prompt; vLLM gives sample ``i`` this plus ``i``.
-
-    Hashed with the prompt, so that neighbouring seeds do not repeat each other's samples (seed 1,
-    sample 0 would be seed 0, sample 1) and different prompts do not share their random numbers.
-    """
-    key = f"{seed}:{','.join(map(str, token_ids))}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2
 
 
 def _generation(call: _Call, output: RequestOutput) -> Generation:

@@ -13,7 +13,7 @@ import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 import pytest_asyncio
 import torch
@@ -162,24 +162,30 @@ def write_adapter(directory: Path, model_dir: Path, *, scale: float) -> PolicyVe
     return PolicyVersion(directory.name, "lora", str(directory))
 
 
-async def test_an_adapter_changes_its_own_requests_and_no_others(
+async def test_an_adapter_is_served_under_its_name_and_the_base_comes_back(
     engine: VllmGenerator, model_dir: Path, tmp_path: Path
 ) -> None:
     strong = write_adapter(tmp_path / "strong", model_dir, scale=0.5)
-    void = write_adapter(tmp_path / "void", model_dir, scale=0.0)
     question = "Why is the sky blue?"
     before = await answer(engine, question)
-    await engine.publish([BASE, strong, void], BASE.id)
-    assert await engine.models() == [BASE.id, "strong", "void"]
-    base, changed, same = await generated(
-        engine, [request(question, model=name) for name in (BASE.id, "strong", "void")]
-    )
-    assert base.completions[0].text == before == same.completions[0].text
-    assert changed.completions[0].text != before
-    assert changed.policy_version == "strong"
     await engine.publish([BASE, strong], strong.id)
-    assert (await generated(engine, [request()]))[0].policy_version == "strong"
-    assert isinstance((await engine.generate([request(model="void")]))[0], Failure)
+    assert await engine.models() == ["strong"]
+    (changed,) = await generated(engine, [request(question)])
+    assert changed.policy_version == "strong"
+    assert changed.completions[0].text != before
+    assert isinstance((await engine.generate([request(model=BASE.id)]))[0], Failure)
+    await engine.publish([BASE, strong], BASE.id)
+    assert await engine.models() == [BASE.id]
+    assert await answer(engine, question) == before
+
+
+async def test_an_adapter_that_changes_nothing_gives_the_bases_answers(
+    engine: VllmGenerator, model_dir: Path, tmp_path: Path
+) -> None:
+    void = write_adapter(tmp_path / "void", model_dir, scale=0.0)
+    before = await answer(engine, "Why is the sky blue?")
+    await engine.publish([BASE, void], void.id)
+    assert await answer(engine, "Why is the sky blue?") == before
     await engine.publish([BASE], BASE.id)
 
 
@@ -190,20 +196,9 @@ async def test_an_adapter_that_cannot_be_read_leaves_the_engine_serving(
     (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(GenerationError):
         await engine.publish([BASE, broken], broken.id)
+    await engine.check_health()
     assert await engine.models() == [BASE.id]
     assert await answer(engine, "Hi")
-
-
-async def test_an_adapter_removed_from_storage_fails_its_requests_only(
-    engine: VllmGenerator, model_dir: Path, tmp_path: Path
-) -> None:
-    gone = write_adapter(tmp_path / "gone", model_dir, scale=0.1)
-    await engine.publish([BASE, gone], BASE.id)
-    shutil.rmtree(tmp_path / "gone")
-    lost, good = await engine.generate([request(model="gone"), request()])
-    assert isinstance(lost, Failure)
-    assert isinstance(good, Generation)
-    await engine.publish([BASE], BASE.id)
 
 
 async def test_merged_weights_replace_the_base_while_requests_wait(

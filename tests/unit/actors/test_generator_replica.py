@@ -132,6 +132,16 @@ async def test_a_version_that_cannot_be_loaded_leaves_the_old_one_serving_and_is
     await replica.stop()
 
 
+async def test_a_replica_starts_although_the_current_version_cannot_be_loaded() -> None:
+    engine, stores = Engine(), Stores.memory()
+    engine.broken = {"policy-1"}
+    await publish(stores, "policy-1")
+    replica = replica_of(engine, stores)
+    await replica.start()
+    assert await replica.models() == [BASE]
+    await replica.stop()
+
+
 class Unreachable:
     """A store that is down."""
 

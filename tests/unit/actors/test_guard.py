@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from actors.guard import ChildGuard, child_pids

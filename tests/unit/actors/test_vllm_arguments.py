@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from actors.vllm_engine import engine_arguments, engine_seed
+from actors.runtime import engine_arguments, engine_seed
 from mora_serve.config import PolicySettings
 
 
@@ -32,11 +32,20 @@ def test_configured_arguments_win() -> None:
     assert (arguments["max_num_seqs"], arguments["max_num_batched_tokens"]) == (3, 9999)
 
 
-def test_adapters_are_enabled_only_when_asked_for() -> None:
-    assert engine_arguments(PolicySettings(lora=True), "model", on_cpu=True)["max_lora_rank"] == 16
-    without = engine_arguments(PolicySettings(lora=False), "model", on_cpu=True)
+def test_adapters_are_applied_per_request_except_on_cpu() -> None:
+    on_gpu = engine_arguments(PolicySettings(lora=True), "model", on_cpu=False)
+    assert (on_gpu["enable_lora"], on_gpu["max_lora_rank"]) == (True, 16)
+    assert engine_arguments(PolicySettings(lora=True), "model", on_cpu=True)["enable_lora"] is False
+    without = engine_arguments(PolicySettings(lora=False), "model", on_cpu=False)
     assert without["enable_lora"] is False
     assert "max_loras" not in without
+
+
+def test_adapters_on_cpu_can_be_asked_for() -> None:
+    settings = PolicySettings(engine={"enable_lora": True, "max_loras": 1})
+    arguments = engine_arguments(settings, "model", on_cpu=True)
+    assert (arguments["enable_lora"], arguments["max_loras"]) == (True, 1)
+    assert arguments["max_cpu_loras"] >= 1
 
 
 def test_neighbouring_seeds_never_share_a_sample() -> None:
