@@ -36,6 +36,8 @@ CANCEL_GRACE_S = 20.0
 STOP_GRACE_S = 5.0
 RELEASE_TTL_S = 0.001
 """Lease of a job that is handed back: another launcher may claim it at once."""
+REPLICA_VARIABLES = frozenset({"RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_ADDRESS", "OMP_NUM_THREADS"})
+"""Ray sets these per worker process; in a driver they would claim to be this worker."""
 
 
 def running_ray_address() -> str | None:
@@ -149,8 +151,7 @@ class TrainerLauncher:
 
     def _environment(self) -> dict[str, str]:
         """Our own, without what Ray told this replica about itself, plus settings and cluster."""
-        kept = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
-        kept.pop("OMP_NUM_THREADS", None)
+        kept = {name: text for name, text in os.environ.items() if name not in REPLICA_VARIABLES}
         spec = importlib.util.find_spec("trainer")
         if spec is not None and spec.origin is not None:
             root = str(Path(spec.origin).parent.parent)

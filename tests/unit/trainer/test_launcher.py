@@ -117,7 +117,8 @@ async def test_stopping_hands_the_job_to_the_next_launcher(tmp_path: Path) -> No
 async def test_the_trainer_gets_settings_and_cluster_but_not_rays_own_variables(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setenv("RAY_JOB_CONFIG", "of the replica")
+    monkeypatch.setenv("RAY_JOB_ID", "of the replica")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     jobs = MemoryJobs()
     await jobs.create_job(JOB)
     target = tmp_path / "environment"
@@ -130,7 +131,8 @@ async def test_the_trainer_gets_settings_and_cluster_but_not_rays_own_variables(
     job_id, environment = json.loads(target.read_text())
     assert job_id == "ftjob-1"
     assert environment["RAY_ADDRESS"] == "10.0.0.1:6379"
-    assert "RAY_JOB_CONFIG" not in environment
+    assert "RAY_JOB_ID" not in environment
+    assert environment["RAY_AUTH_MODE"] == "token"
     assert json.loads(environment["MORA_CONFIG_JSON"])["data_dir"] == str(tmp_path)
 
 
