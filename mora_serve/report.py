@@ -22,8 +22,8 @@ from mora_serve.tables import number, prompt_text
 
 Json = Mapping[str, Any]
 STYLE = "report.css"
-QUIET_CLASSES = {"flat": -1, "uncertain": 6, "unknown": -1, "failed": -1, "multi": 3}
-"""Series of the classes that exist whatever the dimensions are."""
+OTHER_CLASSES = {"multi": 3, "uncertain": 6}
+"""Series of classes that exist whatever the dimensions are; the others are muted."""
 SINGLE_SERIES = (0, 1, 2, 4, 5, 7)
 
 
@@ -61,7 +61,7 @@ def class_series(name: str, dimensions: Sequence[str]) -> int:
         dimension = name.removeprefix("single:")
         position = dimensions.index(dimension) if dimension in dimensions else 0
         return SINGLE_SERIES[position % len(SINGLE_SERIES)]
-    return QUIET_CLASSES.get(name, -1)
+    return OTHER_CLASSES.get(name, svg.MUTED)
 
 
 # --- sections -----------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def _planes(summary: Json) -> str:
     dimensions, bounds = summary["dimensions"], summary["bounds"]
     charts = [
         svg.scatter(
-            [p for prompt in summary["prompts"] if (p := _point(prompt, a, b, dimensions))],
+            _points(summary, a, b),
             x_title=a,
             y_title=b,
             x_bound=bounds.get(a),
@@ -142,9 +142,18 @@ def _rewriting(summary: Json) -> str:
         for name, d in rewriting["dimensions"].items()
     ]  # fmt: skip
     head = ["dimension", "mean before", "after", "ceiling before", "after", "confirmed change"]
-    verdicts = [(k, v, 3 if k == "accepted" else -1) for k, v in rewriting["verdicts"].items()]
+    verdicts = [
+        (k, v, 3 if k == "accepted" else svg.MUTED) for k, v in rewriting["verdicts"].items()
+    ]
     charts = [
-        svg.scatter((), arrows=_arrows(accepted, a, b, dimensions), x_title=a, y_title=b)
+        svg.scatter(
+            _points(summary, a, b, muted=True),
+            arrows=_arrows(accepted, a, b, dimensions),
+            x_title=a,
+            y_title=b,
+            x_bound=summary["bounds"].get(a),
+            y_bound=summary["bounds"].get(b),
+        )
         for a, b in combinations(dimensions, 2)
     ]
     arrows = (
@@ -291,12 +300,16 @@ def _configuration(summary: Json) -> str:
 # --- pieces -------------------------------------------------------------------------------------
 
 
-def _point(prompt: Json, a: str, b: str, dimensions: Sequence[str]) -> svg.Point | None:
-    x, y = (_ceiling(prompt["dimensions"].get(k)) for k in (a, b))
-    if x is None or y is None:
-        return None
-    label = f"{prompt['class']}: {prompt_text(prompt['prompt'], 80)}"
-    return svg.Point(x, y, label, class_series(prompt["class"], dimensions))
+def _points(summary: Json, a: str, b: str, *, muted: bool = False) -> list[svg.Point]:
+    """The prompts that were measured on both dimensions, by class or all in the quiet colour."""
+    found = []
+    for prompt in summary["prompts"]:
+        x, y = (_ceiling(prompt["dimensions"].get(k)) for k in (a, b))
+        if x is not None and y is not None:
+            label = f"{prompt['class']}: {prompt_text(prompt['prompt'], 80)}"
+            series = svg.BACKDROP if muted else class_series(prompt["class"], summary["dimensions"])
+            found.append(svg.Point(x, y, label, series))
+    return found
 
 
 def _arrows(accepted: Iterable[Json], a: str, b: str, dimensions: Sequence[str]) -> list[svg.Arrow]:
@@ -320,6 +333,7 @@ def _class_legend(summary: Json) -> str:
     items = "".join(
         f"<span>{svg.swatch(class_series(name, dimensions))}{escape(name)}</span>"
         for name in summary["classes"]
+        if name not in {"unknown", "failed"}
     )
     return f"<div class='legend'>{items}</div>"
 

@@ -15,6 +15,10 @@ from html import escape
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 46, 14, 12, 40
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 RADIUS = 4.0
+MUTED = -1
+"""Series in the quiet colour."""
+BACKDROP = -2
+"""Series that is there for orientation only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class Point:
     label: str
     """Shown when the pointer rests on it."""
     series: int = 0
-    """Colour and shape; negative is muted."""
+    """Colour and shape, or one of ``MUTED`` and ``BACKDROP``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +90,8 @@ def scatter(
         body.append(_line(x.at(x_bound), y.start, x.at(x_bound), y.end, "bound"))
     if y_bound is not None:
         body.append(_line(x.start, y.at(y_bound), x.end, y.at(y_bound), "bound"))
-    body += [_arrow(arrow, x, y) for arrow in arrows]
     body += [marker(x.at(p.x), y.at(p.y), p.series, p.label) for p in points]
+    body += [_arrow(arrow, x, y) for arrow in arrows]
     return _svg(width, height, f"{y_title} against {x_title}", body)
 
 
@@ -281,7 +285,9 @@ def _label_width(names: Sequence[str]) -> int:
 
 
 def _series(series: int) -> str:
-    return f"k{series % 8}" if series >= 0 else "muted"
+    if series >= 0:
+        return f"k{series % 8}"
+    return "muted" if series == MUTED else "muted backdrop"
 
 
 def _given(value: float | None) -> list[float]:
