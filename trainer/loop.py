@@ -6,6 +6,7 @@ Every rank reads the stream itself; rank 0 alone writes events, checkpoints and 
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -71,7 +72,8 @@ class JobControl:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         waited_s = self.source.counts.waited_s if self.source is not None else 0.0
-        report = {"step": step, **metrics, "wait_for_data_seconds": round(waited_s, 3)}
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        report = {"step": step, **finite, "wait_for_data_seconds": round(waited_s, 3)}
         if self.rank == 0:
             self._add_metrics_event(step, report)
             self._post_metrics(report)
@@ -91,7 +93,6 @@ class JobControl:
         record = {
             "id": f"ftckpt-{self.job.id.removeprefix('ftjob-')}-{step}",
             "step_number": step,
-            "fine_tuned_model_checkpoint": f"{self.job.policy_id}:ckpt-step-{step}",
             "metrics": {"step": step, "train_loss": metrics.get("loss")},
         }
         self.session.call(jobs.add_checkpoint(self.job.id, record))
