@@ -65,7 +65,8 @@ class GatewayMetrics:
         return bytes(generate_latest(self.registry)).decode("utf-8")
 
 
-_SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(\{.*\})? (.+)$")
+_NUMBER = r"[+-]?(?:Inf|NaN|[0-9][0-9.eE+-]*)"
+_SAMPLE = re.compile(rf"^([a-zA-Z_:][a-zA-Z0-9_:]*)(\{{.*\}})? ({_NUMBER}(?: [0-9-]+)?)$", re.ASCII)
 
 
 def merge_expositions(texts: Mapping[str, str]) -> str:

@@ -1,0 +1,149 @@
+"""The composition root: settings, checks before anything starts, the proxy's environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from api import deploy, proxy
+from mora_serve.config import ENV_CONFIG, dump_settings
+from mora_serve.errors import ConfigError
+from mora_serve.stack import StackError, resolve_settings
+from tests.unit.api.conftest import make_settings
+
+
+def free_port() -> int:
+    return proxy.free_ports(1)[0]
+
+
+def test_settings_handed_by_a_parent_win_and_keep_their_secrets() -> None:
+    settings = resolve_settings(
+        make_settings(server={"port": 1234, "api_keys": ["k"]}, redis={"url": "redis://h:1"})
+    )
+    environ = {ENV_CONFIG: json.dumps(dump_settings(settings, reveal=True))}
+
+    read = deploy.read_settings([], environ)
+
+    assert read == settings
+    assert read.server.api_keys[0].get_secret_value() == "k"
+
+
+def test_settings_of_the_command_line_are_resolved(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("server: {port: 4321}\n", "utf-8")
+
+    read = deploy.read_settings(
+        ["--profile", "fake", "--config", str(file)], {"MORA_DATA_DIR": str(tmp_path)}
+    )
+
+    assert (read.profile, read.server.port) == ("fake", 4321)
+    assert read.blobs.url == f"file://{tmp_path}/blobs"
+
+
+def test_broken_settings_are_a_config_error() -> None:
+    with pytest.raises(ConfigError):
+        deploy.read_settings([], {ENV_CONFIG: "{"})
+    with pytest.raises(ConfigError, match="MORA_SERVER__PORT"):
+        deploy.read_settings(["--profile", "fake"], {"MORA_SERVER__PROT": "1"})
+
+
+def run_deploy(tmp_path: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "api.deploy", "--profile", "fake"],
+        env={**os.environ, "MORA_DATA_DIR": str(tmp_path), **environ},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_taken_port_is_one_line_and_a_failure(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run_deploy(tmp_path, MORA_SERVER__PORT=str(port))
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: server.port must be free")
+    assert str(port) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_unreachable_redis_is_one_line_and_a_failure(tmp_path: Path) -> None:
+    done = run_deploy(
+        tmp_path,
+        MORA_SERVER__PORT=str(free_port()),
+        MORA_REDIS__URL=f"redis://127.0.0.1:{free_port()}",
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: redis.url must be reachable")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_missing_model_directory_is_named(tmp_path: Path) -> None:
+    settings = make_settings(
+        policy={"backend": "vllm", "path": str(tmp_path / "nothing")},
+        server={"port": free_port()},
+    )
+
+    with pytest.raises(StackError, match=r"policy\.path must be a model directory.*nothing"):
+        deploy.check(settings)
+
+
+def test_haproxy_is_found_where_it_is_configured_or_not_at_all(tmp_path: Path) -> None:
+    binary = tmp_path / "haproxy"
+    binary.write_text("#!/bin/sh\n", "utf-8")
+    assert proxy.find_haproxy({proxy.BINARY_VARIABLE: str(binary)}) is None, "not executable"
+    binary.chmod(binary.stat().st_mode | stat.S_IXUSR)
+
+    assert proxy.find_haproxy({proxy.BINARY_VARIABLE: str(binary)}) == str(binary)
+
+
+def test_haproxy_files_stay_under_the_data_directory_while_sockets_fit(tmp_path: Path) -> None:
+    short, deep = Path("/tmp") / f"m{os.getpid()}", tmp_path / ("d" * 80)
+
+    directory, temporary = proxy.socket_directory(short)
+    assert (directory, temporary) == (short / "haproxy", False)
+    directory.rmdir()
+    short.rmdir()
+
+    directory, temporary = proxy.socket_directory(deep)
+    assert temporary
+    assert len(str(directory)) <= proxy.MAX_SOCKET_DIR_CHARS
+    directory.rmdir()
+
+
+def test_every_file_of_haproxy_is_in_its_directory_and_ports_are_free(tmp_path: Path) -> None:
+    first = proxy.haproxy_environment("/bin/haproxy", tmp_path)
+    paths = [value for name, value in first.items() if name.endswith(("_LOC", "_PATH", "_BASE"))]
+
+    assert first["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert all(path.startswith((str(tmp_path), "/bin/haproxy")) for path in paths)
+    assert first["RAY_SERVE_HAPROXY_STATS_PORT"] != first["RAY_SERVE_HAPROXY_METRICS_PORT"]
+
+
+def test_python_proxy_is_not_silently_replaced_by_direct_ingress() -> None:
+    environment = {**proxy.common_environment(local=True), **proxy.python_proxy_environment()}
+
+    assert environment["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
+    assert environment["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "0"
+
+
+def test_failure_report_is_the_last_line_of_serves_traceback() -> None:
+    message = "The deployment failed:\n  Traceback...\n    raise X\nConfigError: no such model\n\n"
+
+    assert deploy._cause(message) == "ConfigError: no such model"
+
+
+def test_application_starts_without_importing_ray() -> None:
+    """Checks must fail fast and readably, before Ray reads its environment."""
+    code = "import sys, api.deploy; sys.exit('ray' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

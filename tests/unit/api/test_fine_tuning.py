@@ -1,0 +1,164 @@
+"""Fine-tuning jobs: what is stored for the trainer, lists, events, checkpoints, cancel."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from api import schemas
+from api.deps import Deps
+from mora_serve.config import TrainerSettings
+from tests.unit.api.conftest import MODEL, error_of
+from tests.unit.api.test_batches import create as create_batch
+from tests.unit.api.test_batches import upload
+from trainer.job import read_job
+
+JOBS = "/v1/fine_tuning/jobs"
+
+
+async def create_job(client: httpx.AsyncClient, **extra: Any) -> dict[str, Any]:
+    body = {"model": MODEL, "training_file": await upload(client, "fine-tune"), **extra}
+    response = await client.post(JOBS, json=body)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+async def test_created_job_is_openais_object_and_queued(client: httpx.AsyncClient) -> None:
+    job = schemas.FineTuningJob.model_validate(await create_job(client, suffix="mine", seed=3))
+
+    assert (job.status, job.model, job.seed, job.suffix) == ("queued", MODEL, 3, "mine")
+    assert job.method == {
+        "type": "dpo",
+        "dpo": {
+            "hyperparameters": {
+                "beta": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto",
+                "n_epochs": "auto",
+            }
+        },
+    }  # fmt: skip
+
+
+async def test_trainer_reads_back_what_was_asked_for(client: httpx.AsyncClient, deps: Deps) -> None:
+    batch = await create_batch(client)
+    job = await create_job(
+        client,
+        training_file=batch["id"],
+        seed=11,
+        method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "batch_size": 2}}},
+        mora={"mode": "sequential", "dimensions": ["harmless"], "max_steps": 7, "lora_rank": 4},
+    )
+
+    stored = await deps.stores.jobs.get_job(job["id"])
+    read = read_job(stored, TrainerSettings())
+
+    assert (read.beta, read.batch_size, read.max_steps, read.lora_rank) == (0.3, 2, 7, 4)
+    assert (read.stages, read.seed, read.model) == (("harmless",), 11, MODEL)
+    assert read.training_file == batch["id"]
+    assert read.reads_stream
+
+
+async def test_launcher_can_claim_a_created_job(client: httpx.AsyncClient, deps: Deps) -> None:
+    job = await create_job(client)
+
+    claimed = await deps.stores.jobs.claim_job("launcher", 10)
+
+    assert claimed is not None
+    assert claimed["id"] == job["id"]
+
+
+async def test_deprecated_hyperparameters_are_understood(client: httpx.AsyncClient) -> None:
+    job = await create_job(client, hyperparameters={"n_epochs": 2})
+
+    assert job["method"]["dpo"]["hyperparameters"]["n_epochs"] == 2
+
+
+async def test_batch_without_pairs_cannot_be_trained_on(client: httpx.AsyncClient) -> None:
+    batch = await create_batch(client, endpoint="/v1/scores")
+
+    response = await client.post(JOBS, json={"model": MODEL, "training_file": batch["id"]})
+
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "training_file"
+
+
+async def test_any_published_version_can_be_trained_further(
+    client: httpx.AsyncClient, deps: Deps
+) -> None:
+    version = {"id": "policy-1", "kind": "lora", "uri": "file:///x"}
+    await deps.stores.jobs.publish_policy(version, make_current=False)
+
+    assert (await create_job(client, model="policy-1"))["model"] == "policy-1"
+
+
+async def test_jobs_are_listed_and_read(client: httpx.AsyncClient) -> None:
+    ids = [(await create_job(client))["id"] for _ in range(3)]
+
+    first = (await client.get(JOBS, params={"limit": 2})).json()
+    second = (await client.get(JOBS, params={"after": first["last_id"]})).json()
+
+    schemas.Page[schemas.FineTuningJob].model_validate(first)
+    assert [job["id"] for job in first["data"] + second["data"]] == ids[::-1]
+    assert (await client.get(f"{JOBS}/{ids[0]}")).json()["id"] == ids[0]
+
+
+async def test_cancel_ends_a_job_and_leaves_a_finished_one_unchanged(
+    client: httpx.AsyncClient, deps: Deps
+) -> None:
+    running, done = await create_job(client), await create_job(client)
+    await deps.stores.jobs.update_job(done["id"], status="succeeded")
+
+    cancelled = await client.post(f"{JOBS}/{running['id']}/cancel")
+    unchanged = await client.post(f"{JOBS}/{done['id']}/cancel")
+
+    assert cancelled.json()["status"] == "cancelled"
+    assert unchanged.json()["status"] == "succeeded"
+
+
+async def test_events_and_checkpoints_are_pages_newest_first(
+    client: httpx.AsyncClient, deps: Deps
+) -> None:
+    job = await create_job(client)
+    jobs = deps.stores.jobs
+    for step in range(3):
+        await jobs.add_event(
+            job["id"], {"message": f"step {step}", "type": "metrics", "data": {"loss": 0.5}}
+        )
+        await jobs.add_checkpoint(job["id"], {"step_number": step, "metrics": {"step": step}})
+
+    events = schemas.Page[schemas.FineTuningEvent].model_validate(
+        (await client.get(f"{JOBS}/{job['id']}/events")).json()
+    )
+    checkpoints = schemas.Page[schemas.FineTuningCheckpoint].model_validate(
+        (await client.get(f"{JOBS}/{job['id']}/checkpoints")).json()
+    )
+
+    assert [event.message for event in events.data[:3]] == ["step 2", "step 1", "step 0"]
+    assert events.data[-1].message.startswith("Created fine-tuning job")
+    assert [item.step_number for item in checkpoints.data] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("count", [1, 250])
+async def test_streamed_events_come_once_each_in_order_to_the_end(
+    client: httpx.AsyncClient, deps: Deps, count: int
+) -> None:
+    job = await create_job(client)
+    jobs = deps.stores.jobs
+    stream = asyncio.create_task(client.get(f"{JOBS}/{job['id']}/events?stream=true"))
+    for step in range(count):
+        await jobs.add_event(job["id"], {"message": f"step {step}"})
+        await asyncio.sleep(0)
+    await jobs.update_job(job["id"], status="succeeded")
+    async with asyncio.timeout(20):
+        response = await stream
+
+    data = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+    assert data[-1] == "[DONE]"
+    items = [json.loads(item) for item in data[:-1]]
+    assert items[-1]["object"] == "fine_tuning.job"
+    assert items[-1]["status"] == "succeeded"
+    messages = [item["message"] for item in items[1:-1]]
+    assert messages == [f"step {step}" for step in range(count)]
