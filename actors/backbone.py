@@ -13,7 +13,8 @@ tiles by the longest neighbour, so that rounding in bfloat16 depends on the batc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AutoConfig, AutoModel
+from transformers.utils import logging as transformers_logging
 
 from actors.packing import Pack
 from mora_serve.errors import ConfigError
@@ -68,9 +70,10 @@ class Backbone:
         config.num_hidden_layers = num_layers
         config.use_cache = False
         AttentionInterface.register(ATTENTION, packed_attention)
-        self._model: Any = AutoModel.from_pretrained(
-            directory, config=config, dtype=dtype, attn_implementation=ATTENTION
-        ).to(device)
+        with _quiet_loading():
+            self._model: Any = AutoModel.from_pretrained(
+                directory, config=config, dtype=dtype, attn_implementation=ATTENTION
+            ).to(device)
         self._model.eval()
         self._model.norm = torch.nn.Identity()
         self._device = device
@@ -88,6 +91,17 @@ class Backbone:
         )
         states: torch.Tensor = output.last_hidden_state[0]
         return states
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hide the report that the layers behind the last needed one were not loaded."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def make_row(packs: Sequence[Pack]) -> Row:

@@ -171,7 +171,7 @@ class HeadScorer:
         began = time.perf_counter()
         row = make_row(batch)
         features = pool(loaded.backbone.states(row), row)
-        values = features.double().cpu() @ loaded.weight.T + loaded.bias
+        values = loaded.apply(features.cpu())
         stats = self.stats
         stats.forward_s += time.perf_counter() - began
         stats.forwards += 1
@@ -219,5 +219,12 @@ class _Loaded:
         self.encoder = encoder
         self.revision = revision
         self.rows = {name: row for row, name in enumerate(heads.dimensions)}
-        self.weight = heads.weight.double()
-        self.bias = heads.bias.double()
+        self._weight = heads.weight.double()
+        self._bias = heads.bias.double()
+
+    def apply(self, features: torch.Tensor) -> torch.Tensor:
+        """Scores ``[answers, heads]`` of ``[answers, 2 * hidden]``.
+
+        One product per answer: a product over all of them rounds by how many there are.
+        """
+        return torch.stack([self._weight.mv(row) + self._bias for row in features.double()])
