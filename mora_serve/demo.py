@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -64,6 +65,8 @@ class DemoOptions:
     seed: int
     max_steps: int
     """DPO steps at most."""
+    num_epochs: int
+    """Passes over the pairs at most; the first one follows the batch while it runs."""
     n_eval: int
     """Rollouts per prompt and version in the comparison before and after training."""
     directory: Path
@@ -146,7 +149,13 @@ class Demo:
 
     def _start_training(self, base: str, batch_id: str) -> JobFollower:
         options = self._options
-        body = job_body(base, batch_id, max_steps=options.max_steps, seed=options.seed)
+        body = job_body(
+            base,
+            batch_id,
+            max_steps=options.max_steps,
+            num_epochs=options.num_epochs,
+            seed=options.seed,
+        )
         job = self._client.post("/v1/fine_tuning/jobs", body)
         self._view.note(f"fine-tuning job {job['id']} trains on the batch while it runs")
         return JobFollower(self._client, job["id"])
@@ -270,7 +279,12 @@ class Demo:
         target.mkdir()
         for file_id in job.get("result_files") or []:
             name = Path(str(self._client.get(f"/v1/files/{file_id}")["filename"])).name
-            self._client.download(f"/v1/files/{file_id}/content", target / name)
+            path = target / name
+            self._client.download(f"/v1/files/{file_id}/content", path)
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    archive.extractall(target)
+                path.unlink()
         if not any(target.iterdir()):
             raise MoraError(f"fine-tuning job {job['id']} left no result file")
 

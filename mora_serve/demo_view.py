@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mora_serve.tables import counts_table, number, table
+from mora_serve.tables import add_row, counts_table, number, table
 
 Json = Mapping[str, Any]
 QUIET_INTERVAL_S = 20.0
@@ -97,11 +97,15 @@ def rewriting_table(summary: Json) -> Table:
         right=[1, 2, 3, 4, 5],
     )  # fmt: skip
     for name, item in rewriting["dimensions"].items():
-        made.add_row(
-            name, number(item["mean_before"]), number(item["mean_after"]),
-            number(item["ceiling_before"]), number(item["ceiling_after"]),
+        add_row(
+            made,
+            name,
+            number(item["mean_before"]),
+            number(item["mean_after"]),
+            number(item["ceiling_before"]),
+            number(item["ceiling_after"]),
             number(item["confirmed_change"], signed=True),
-        )  # fmt: skip
+        )
     made.caption = (
         "Before: the sample that chose the class, which flatters a change. "
         "Confirmed: fresh rollouts of both prompts."
@@ -120,10 +124,16 @@ def evaluation_table(summary: Json) -> Table:
     )  # fmt: skip
     for name, item in evaluation["dimensions"].items():
         interval = f"{number(item['low'], signed=True)} … {number(item['high'], signed=True)}"
-        made.add_row(
-            name, number(item["before"]), number(item["after"]),
-            number(item["change"], signed=True), number(item["se"]), interval, verdict(item),
-        )  # fmt: skip
+        add_row(
+            made,
+            name,
+            number(item["before"]),
+            number(item["after"]),
+            number(item["change"], signed=True),
+            number(item["se"]),
+            interval,
+            verdict(item),
+        )
     return made
 
 
@@ -148,7 +158,7 @@ def _training_table(summary: Json) -> Table:
         ("loss, last", number(training["loss_last"], 4)),
         ("policy version", summary["tuned"]),
     ):
-        made.add_row(name, value)
+        add_row(made, name, value)
     return made
 
 

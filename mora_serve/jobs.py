@@ -17,17 +17,19 @@ def job_body(
     *,
     max_steps: int | None = None,
     beta: float | None = None,
+    num_epochs: int | None = None,
     mode: str | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
     """Body of ``POST /v1/fine_tuning/jobs``; what is ``None`` keeps the server's default."""
     method: dict[str, Any] = {"type": "dpo"}
-    if beta is not None:
-        method["dpo"] = {"hyperparameters": {"beta": beta}}
+    given = {"beta": beta, "n_epochs": num_epochs}
+    if hyperparameters := {key: value for key, value in given.items() if value is not None}:
+        method["dpo"] = {"hyperparameters": hyperparameters}
     options = {"max_steps": max_steps, "mode": mode}
     body: dict[str, Any] = {"model": model, "training_file": training_file, "method": method}
-    if given := {key: value for key, value in options.items() if value is not None}:
-        body["mora"] = given
+    if extensions := {key: value for key, value in options.items() if value is not None}:
+        body["mora"] = extensions
     return body if seed is None else {**body, "seed": seed}
 
 

@@ -177,7 +177,7 @@ class Stack:
             redis = self.settings.redis.model_copy(update={"url": SecretStr(self._redis.url)})
             self.settings = self.settings.model_copy(update={"redis": redis})
             where = f"127.0.0.1:{self._redis.port}, files {directory}"
-            self._announce(f"redis    pid {self._redis.pid}, {where}")
+            self._announce(f"redis    {where}")
         require_redis(self.settings)
 
     def _start_service(self) -> None:

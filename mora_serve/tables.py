@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 Json = Mapping[str, Any]
 MISSING = "·"
@@ -28,10 +29,19 @@ def table(title: str, *columns: str, right: Sequence[int] = ()) -> Table:
     return made
 
 
+def add_row(made: Table, *cells: str) -> None:
+    """Add a row of plain text: what prompts contain is no markup."""
+    made.add_row(*(Text(cell) for cell in cells))
+
+
+def last_turn(prompt: str | Sequence[Json]) -> str:
+    """The text of a prompt's last turn."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
 def prompt_text(prompt: str | Sequence[Json], width: int = 60) -> str:
     """The last turn of a prompt on one line, cut to ``width`` characters."""
-    text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-    line = " ".join(text.split())
+    line = " ".join(last_turn(prompt).split())
     return line if len(line) <= width else f"{line[: width - 1]}…"
 
 
@@ -49,10 +59,15 @@ def diagnostics_table(prompts: Sequence[Any], data: Iterable[Json]) -> Table:
             cells = [_mean_and_reach(item["dimensions"].get(name)) for name in dimensions]
             label = str(item["class"])
         text = prompt_text(prompts[item["index"]])
-        made.add_row(
-            str(item["index"]), label, number(item["class_probability"]), *cells,
-            str(item.get("num_rollouts", MISSING)), text,
-        )  # fmt: skip
+        add_row(
+            made,
+            str(item["index"]),
+            label,
+            number(item["class_probability"]),
+            *cells,
+            str(item.get("num_rollouts", MISSING)),
+            text,
+        )
     return made
 
 
@@ -61,7 +76,7 @@ def counts_table(title: str, counts: Json) -> Table:
     total = sum(counts.values()) or 1
     made = table(title, "", "count", "share", right=[1, 2])
     for name, count in sorted(counts.items(), key=lambda item: -item[1]):
-        made.add_row(str(name), str(count), f"{100 * count / total:.0f} %")
+        add_row(made, str(name), str(count), f"{100 * count / total:.0f} %")
     return made
 
 
@@ -73,10 +88,15 @@ def candidates_table(result: Json) -> Table:
     )  # fmt: skip
     for index, item in enumerate(result["candidates"]):
         verdict = "accepted" if item["accepted"] else str(item["reason"])
-        made.add_row(
-            str(index), item["strategy"], number(item["selection_gain"], signed=True),
-            number(gain_of(item), signed=True), verdict, prompt_text(item["prompt"], 80),
-        )  # fmt: skip
+        add_row(
+            made,
+            str(index),
+            item["strategy"],
+            number(item["selection_gain"], signed=True),
+            number(gain_of(item), signed=True),
+            verdict,
+            prompt_text(item["prompt"], 80),
+        )
     made.caption = "* biased: the best of several measurements. Only confirmed gains count."
     return made
 

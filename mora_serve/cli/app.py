@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from mora_serve import __version__
-from mora_serve.cli import config, demo, models, requests, scorers, train, up
+from mora_serve.cli import config, models, requests, scorers, train, up
+from mora_serve.cli.demo import demo
 
 app = typer.Typer(
     name="mora-serve",
@@ -35,7 +36,7 @@ def _root(
 
 
 app.command("up")(up.up)
-app.command("demo")(demo.demo)
+app.command("demo")(demo)
 app.command("diagnose")(requests.diagnose)
 app.command("rewrite")(requests.rewrite)
 app.command("train")(train.train)

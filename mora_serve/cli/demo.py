@@ -51,6 +51,7 @@ def demo(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Varies sampling, rewriting, training.")] = 0,
     max_steps: Annotated[int, typer.Option(min=1, help="DPO steps at most.")] = 40,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs at most.")] = 3,
     n_eval: Annotated[
         int, typer.Option(min=1, help="Rollouts per prompt before and after training.")
     ] = 8,
@@ -59,7 +60,7 @@ def demo(
     """Diagnose, rewrite, train and evaluate on real prompts; writes runs/<time>/report.html."""
     rows = read_prompts(prompts or DEMO_PROMPTS, limit)
     directory = runs / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    options = DemoOptions(rows, seed, max_steps, n_eval, directory)
+    options = DemoOptions(rows, seed, max_steps, epochs, n_eval, directory)
     with StopSignals() as signals:
         if url is not None:
             with signals.raising():

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
+from mora_serve import tables
 from mora_serve.cli.common import (
     DEFAULT_PROFILE,
     DEFAULT_URL,
@@ -59,7 +59,9 @@ def list_models(
     if as_json:
         say_json(models)
         return
-    table = Table("model", "owned by", "created")
+    made = tables.table("Policy versions", "model", "kind", "parent", "current")
     for model in models.get("data", []):
-        table.add_row(*(str(model.get(key, "")) for key in ("id", "owned_by", "created")))
-    out.print(table)
+        current = "yes" if model.get("current") else ""
+        cells = (str(model.get(key) or "") for key in ("id", "kind", "parent"))
+        tables.add_row(made, *cells, current)
+    out.print(made)

@@ -110,7 +110,8 @@ def rewrite(
     if accepted is None:
         out.print("no rewrite accepted")
     else:
-        out.print("accepted:", result["candidates"][accepted]["prompt"], markup=False)
+        text = tables.last_turn(result["candidates"][accepted]["prompt"])
+        out.print("accepted:", text, markup=False)
     out.print(f"{len(result['pairs'])} preference pair(s)")
 
 

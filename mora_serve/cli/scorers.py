@@ -115,8 +115,8 @@ def _show(calibrator: Calibrator, path: Path, as_json: bool) -> None:
         right=[1, 2, 3, 4, 5, 6],
     )  # fmt: skip
     for name, item in calibrator.dimensions.items():
-        made.add_row(
-            name, tables.number(item.center), tables.number(item.scale), tables.number(item.tau),
-            tables.number(item.sigma), f"{100 * item.share_cut:.0f} %", str(item.num_rollouts),
-        )  # fmt: skip
+        figures = (item.center, item.scale, item.tau, item.sigma)
+        cut = f"{100 * item.share_cut:.0f} %"
+        cells = (*(tables.number(value) for value in figures), cut, str(item.num_rollouts))
+        tables.add_row(made, name, *cells)
     out.print(made)
