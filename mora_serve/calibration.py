@@ -35,6 +35,8 @@ from mora_serve.types import Dimension, Rollout, Score, ScoredGroup
 
 CalibrationKind = Literal["robust_z", "quantile", "identity"]
 
+ANY_REVISION = "any"
+"""Revision of an assumed calibration that belongs to no scorer: raw rewards pass for z."""
 NUM_QUANTILES = 201
 """Points of the stored quantile grid: every half percent, both ends included."""
 REFERENCE_QUANTILE = 5.0
@@ -368,6 +370,8 @@ def _length_slope(
 def _check_scorer(
     calibration: DimensionCalibration, dimension: Dimension, model: str, revision: str
 ) -> None:
+    if calibration.revision == ANY_REVISION:
+        return
     if (calibration.model, calibration.revision) != (model, revision):
         raise CalibrationError(
             f"calibrator must belong to the scorer of {dimension}: fitted on {calibration.model} "

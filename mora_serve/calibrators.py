@@ -10,12 +10,14 @@ from importlib import resources
 from pathlib import Path
 from statistics import NormalDist
 
-from mora_serve.calibration import NUM_QUANTILES, Calibrator, DimensionCalibration
+from mora_serve.calibration import ANY_REVISION, NUM_QUANTILES, Calibrator, DimensionCalibration
 from mora_serve.config import Settings
 from mora_serve.errors import CalibrationError
 from mora_serve.fakes import REVISION, SIGMA, TAU, raw_scale
 from mora_serve.types import Dimension
 
+IDENTITY = "identity"
+"""Setting that takes raw rewards for z: what a server runs with until a calibrator is fitted on it."""
 SHIPPED = "data/smol-heads/calibrator.json"
 
 
@@ -25,6 +27,10 @@ def load_calibrator(settings: Settings) -> Calibrator:
     Raises :class:`~mora_serve.errors.CalibrationError` when the file cannot be used, or when the
     scorers are neither fake nor the shipped heads and none is configured.
     """
+    if settings.method.calibrator == IDENTITY:
+        return Calibrator.identity(
+            {k: (item.name, ANY_REVISION) for item in settings.scorers for k in item.dimensions}
+        )
     if settings.method.calibrator is not None:
         return Calibrator.load(Path(settings.method.calibrator))
     backends = {scorer.backend for scorer in settings.scorers}

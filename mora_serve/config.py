@@ -154,7 +154,8 @@ class MethodSettings(Section):
     """Parameters of MORA (DESIGN section 2)."""
 
     calibrator: str | None = None
-    """Calibrator file; ``None`` is the one shipped with the embedded heads."""
+    """Calibrator file; ``None`` is the one shipped with the embedded heads. ``identity`` takes raw
+    rewards for z: what a server runs with until ``mora-serve scorers calibrate`` has fitted one."""
     classifier: Literal["posterior", "spread", "fixed"] = "posterior"
     p_class: float = Field(default=0.8, gt=0.5, lt=1.0)
     min_reliability: Probability = 0.5
