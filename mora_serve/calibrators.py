@@ -17,7 +17,7 @@ from mora_serve.fakes import REVISION, SIGMA, TAU, raw_scale
 from mora_serve.types import Dimension
 
 IDENTITY = "identity"
-"""Setting that takes raw rewards for z: what a server runs with until a calibrator is fitted on it."""
+"""Setting that takes raw rewards for z, for a server on which a calibrator is to be fitted."""
 SHIPPED = "data/smol-heads/calibrator.json"
 
 
