@@ -29,7 +29,8 @@ from trainer.source import Feed, ListFeed, PairSource, Position, ResumableRows
 
 logger = logging.getLogger(__name__)
 
-METRICS_TTL_S = 30.0
+METRICS_TTL_S = 300.0
+"""Longer than a step and than most waits for data."""
 CANCEL_CHECK_S = 1.0
 """How often a waiting worker asks whether its job is still wanted."""
 
