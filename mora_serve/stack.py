@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -37,6 +38,7 @@ LOG_NAME = "logs/serve.log"
 READY_TIMEOUT_S = 900.0
 """Starting engines on a slow machine takes minutes."""
 POLL_S = 0.25
+REDIS_TIMEOUT_S = 10.0
 STOP_GRACE_S = 60.0
 """Replicas finish their requests first, see ``replica.graceful_shutdown_timeout_s``."""
 UNROUTABLE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
@@ -71,16 +73,21 @@ def base_url(settings: Settings) -> str:
 
 
 def require_port_free(host: str, port: int) -> None:
-    """Raise :class:`StackError` when something listens on ``host:port``."""
+    """Raise :class:`StackError` when ``host:port`` is taken or not an address of this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise StackError(
+                    f"server.port must be free, got {port} on {host}, where something listens "
+                    "already; stop it or choose another with --port"
+                ) from None
             raise StackError(
-                f"server.port must be free, got {port} on {host}: {error.strerror}; "
-                "choose another with --port"
+                f"server.host and server.port must be an address of this machine, got {host} and "
+                f"{port}: {error.strerror}"
             ) from None
 
 
@@ -101,12 +108,17 @@ def require_redis(settings: Settings) -> None:
     async def ping() -> None:
         stores = open_stores(settings)
         try:
-            await stores.batches.ping()
+            async with asyncio.timeout(REDIS_TIMEOUT_S):
+                await stores.batches.ping()
         finally:
             await stores.batches.aclose()
 
     try:
         asyncio.run(ping())
+    except TimeoutError:
+        raise StackError(
+            f"redis.url must be reachable: no answer within {REDIS_TIMEOUT_S:g} s"
+        ) from None
     except (MoraError, OSError) as error:
         raise StackError(f"redis.url must be reachable: {error}") from None
 
