@@ -29,10 +29,10 @@ Split = Literal["train", "test"]
 
 TASKS = ("helpful", "harmless", "truthful")
 """The heads that are trained, in the order of their rows in the weights."""
-MAX_REFERENCES = 3
+MAX_REFERENCES = 6
 """Correct, and incorrect, reference answers used per question."""
-MAX_JUDGED_PAIRS = 24
-"""Pairs of judged answers used per question."""
+MAX_PAIRS = 24
+"""Pairs of one kind used per question."""
 EXTRA = "hh_helpful_extra"
 
 
@@ -125,15 +125,17 @@ def _question(row: dict[str, str], judged: dict[str, bool]) -> Group:
         prompt=(Message("user", row["Question"]),),
         answers=tuple(answers),
         sets=(
-            PairSet("truthfulqa", tuple((a, b) for a in place["correct"] for b in place["wrong"])),
+            PairSet(
+                "truthfulqa", _spread([(a, b) for a in place["correct"] for b in place["wrong"]])
+            ),
             PairSet("truthfulqa_judged", _spread([(a, b) for a in good for b in bad])),
         ),
     )
 
 
 def _spread(pairs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """At most ``MAX_JUDGED_PAIRS`` of the pairs, evenly spaced."""
-    step = max(1, -(-len(pairs) // MAX_JUDGED_PAIRS))
+    """At most ``MAX_PAIRS`` of the pairs, evenly spaced."""
+    step = max(1, -(-len(pairs) // MAX_PAIRS))
     return tuple(pairs[::step])
 
 

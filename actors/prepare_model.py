@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import shutil
+import struct
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -149,7 +150,7 @@ def _convert(source: Path, target: Path) -> None:
             dtype=torch.bfloat16,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
         raise ConfigError(f"--gguf {source} must be a readable GGUF model: {error}") from None
     _clear_quantization(model)
     _finish_tokenizer(tokenizer)
