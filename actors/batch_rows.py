@@ -23,7 +23,6 @@ from mora_serve.errors import (
     ScoringError,
     StorageError,
 )
-from mora_serve.identity import content_hash
 from mora_serve.ports import RowCommit
 from mora_serve.requests import (
     DUPLICATE_CUSTOM_ID,
@@ -32,7 +31,7 @@ from mora_serve.requests import (
     parse_batch_row,
 )
 from mora_serve.service import RowResult
-from mora_serve.store.batch_input import Line
+from mora_serve.store.batch_input import Line, row_id
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +68,12 @@ class RowWorker:
         self._max_line_bytes = max_line_bytes
         self._sleep = sleep
 
-    async def run(self, line: Line, *, duplicate: bool = False) -> RowCommit:
-        """The outcome of ``line``; never raises for what the row or the engines did."""
+    async def run(self, line: Line, *, duplicate: bool = False, tries: int = 0) -> RowCommit:
+        """The outcome of ``line``; never raises for what the row or the engines did.
+
+        ``tries`` is how many runners have begun the row after the first one and, before this one,
+        ended with it unfinished.
+        """
         if line.data is None:
             return self._error(
                 line, None, "row_too_large", f"a row must be at most {self._max_line_bytes} bytes"
@@ -80,6 +83,11 @@ class RowWorker:
             return self._error(
                 line, custom_id, DUPLICATE_CUSTOM_ID,
                 "custom_id must be unique within the batch, got one of an earlier line",
+            )  # fmt: skip
+        if tries > self._settings.max_poison_tries:
+            return self._error(
+                line, custom_id, "runner_lost",
+                f"the row was given up after {tries} runners ended while they worked on it",
             )  # fmt: skip
         try:
             row = parse_batch_row(self._with_defaults(line.data), self._endpoint)
@@ -148,7 +156,7 @@ class RowWorker:
         )
 
     def _id(self, prefix: str, line: Line) -> str:
-        return f"{prefix}_{content_hash([self._batch_id, line.number])[:24]}"
+        return row_id(prefix, self._batch_id, line.number)
 
 
 class _GaveUpError(MoraError):

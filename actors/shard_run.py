@@ -6,8 +6,9 @@
                                                                     '--> all done: seal
     heartbeat every third of the lease --> "stop" or lost: rows are cancelled, shard released
 
-The shard ends sealed, or handed back with what was committed. Another runner that takes it over
-goes on with the rows that are missing.
+A shard that was leased before counts the starts of its rows: a row that runner after runner did not
+survive is given up. The shard ends sealed, or handed back with what was committed; another runner
+that takes it over goes on with the rows that are missing.
 """
 
 from __future__ import annotations
@@ -91,35 +92,60 @@ class ShardRun:
                 await self._stores.batches.release(self.lease)
 
     async def _rows(self) -> bool:
+        """Work on every missing row; False when the runner stops before all were started.
+
+        Rows that a runner may have died of come last and one at a time, so that they alone are
+        counted as tried.
+        """
         duplicates = await self._duplicates()
-        num_done = len(self.lease.done)
+        suspects: list[Line] = []
         tasks: set[asyncio.Task[None]] = set()
         try:
             async with contextlib.aclosing(self._lines()) as lines:
                 async for line in lines:
                     if line.number in self.lease.done:
                         continue
-                    await self._room()
-                    await self._permits.acquire()
-                    if self._stopping.is_set():
-                        self._permits.release()
-                        break
-                    task = asyncio.create_task(self._row(line, line.number in duplicates))
-                    task.add_done_callback(lambda _: self._permits.release())
-                    tasks.add(task)
-                    num_done += 1
-                    _raise_first(tasks)
-            self._mark_started()
-            if tasks:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            _raise_first(tasks)
+                    if self.lease.tries.get(line.number, 0) > 0:
+                        suspects.append(line)
+                    elif not await self._start(line, duplicates, tasks):
+                        await _join(tasks)
+                        return False
+            if not suspects:
+                self._mark_started()
+            await _join(tasks)
+            for line in suspects:
+                if not await self._start(line, duplicates, tasks):
+                    return False
+                await _join(tasks)
         finally:
             await _cancel(*tasks)
-        return num_done == self.lease.num_rows
+        return True
+
+    async def _start(
+        self, line: Line, duplicates: frozenset[int], tasks: set[asyncio.Task[None]]
+    ) -> bool:
+        """Start a row once it has room and a permit; False when the runner stops instead."""
+        await self._room()
+        await self._permits.acquire()
+        if self._stopping.is_set():
+            self._permits.release()
+            return False
+        task = asyncio.create_task(self._row(line, line.number in duplicates))
+        task.add_done_callback(lambda _: self._permits.release())
+        tasks.add(task)
+        _raise_first(tasks)
+        return True
 
     async def _row(self, line: Line, duplicate: bool) -> None:
-        commit = await self._worker.run(line, duplicate=duplicate)
-        await self._stores.batches.commit_row(self.lease, commit)
+        batches, taken_over = self._stores.batches, self.lease.token > 1
+        tries = await batches.count_try(self.lease, line.number) if taken_over else 0
+        try:
+            commit = await self._worker.run(line, duplicate=duplicate, tries=tries)
+            await batches.commit_row(self.lease, commit)
+        except asyncio.CancelledError:
+            if taken_over:
+                await batches.forget_try(self.lease, line.number)
+            raise
 
     def _mark_started(self) -> None:
         self.all_started = True
@@ -156,6 +182,13 @@ class ShardRun:
             await asyncio.sleep(ttl_s / 3)
             if not await self._stores.batches.heartbeat(self.lease, ttl_s):
                 return
+
+
+async def _join(tasks: set[asyncio.Task[None]]) -> None:
+    """Wait for all; raises the first error without waiting for the others."""
+    if tasks:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    _raise_first(tasks)
 
 
 def _raise_first(tasks: set[asyncio.Task[None]]) -> None:

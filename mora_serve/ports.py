@@ -45,9 +45,7 @@ class CompletionDelta:
 class Generator(Protocol):
     """Samples a policy."""
 
-    async def generate(
-        self, requests: Sequence[GenerationRequest]
-    ) -> list[Generation | Failure]:
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation | Failure]:
         """One result per request, in order; an item's own fault is a ``Failure`` for it alone.
 
         Raises :class:`~mora_serve.errors.GenerationError` when the engine as a whole is gone.
@@ -142,6 +140,8 @@ class Lease:
     num_bytes: int
     done: frozenset[int] = frozenset()
     """Input lines of this shard that are already committed."""
+    tries: Mapping[int, int] = field(default_factory=dict)
+    """Input line -> how often work on it has begun without an end, see ``count_try``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +183,11 @@ class BatchStore(Protocol):
 
     # batches
     async def create_batch(
-        self, batch: Mapping[str, Any], options: Mapping[str, Any],
-        idempotency_key: str | None, body_hash: str,
+        self,
+        batch: Mapping[str, Any],
+        options: Mapping[str, Any],
+        idempotency_key: str | None,
+        body_hash: str,
     ) -> dict[str, Any]:
         """Store a batch in ``validating``; the same key and hash return the first one again.
 
@@ -249,6 +252,14 @@ class BatchStore(Protocol):
         """Atomically record one row with its pairs. False when the row was committed before.
 
         Raises ``LeaseLostError`` when the lease is no longer ours."""
+        ...
+
+    async def count_try(self, lease: Lease, line: int) -> int:
+        """Note that work on a row begins; returns how often it has begun without an end."""
+        ...
+
+    async def forget_try(self, lease: Lease, line: int) -> None:
+        """Take the last ``count_try`` back: work on the row was interrupted on purpose."""
         ...
 
     async def seal_shard(self, lease: Lease) -> None:

@@ -17,7 +17,8 @@ from mora_serve.errors import ConfigError
 from mora_serve.ports import BatchStore, BlobStore, JobStore
 from mora_serve.store.batches import LedgerBatches
 from mora_serve.store.blobs import FsspecBlobs
-from mora_serve.store.memory import MemoryBlobs, MemoryLedger
+from mora_serve.store.memory import MemoryLedger
+from mora_serve.store.memory_blobs import MemoryBlobs
 from mora_serve.store.memory_jobs import MemoryJobs, MemoryMetrics
 from mora_serve.store.pair_stream import LedgerPairs
 from mora_serve.store.redis_client import RedisClient

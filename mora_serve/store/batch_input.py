@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from mora_serve.identity import content_hash
 from mora_serve.requests import custom_id_of
 from mora_serve.store.steps import ShardSpec
 
@@ -44,6 +45,11 @@ class Shard:
     @property
     def spec(self) -> ShardSpec:
         return self.first_line, self.num_rows, self.offset_bytes, self.num_bytes
+
+
+def row_id(prefix: str, batch_id: str, line: int) -> str:
+    """Id of what became of a row, the same however often the row is worked on."""
+    return f"{prefix}_{content_hash([batch_id, line])[:24]}"
 
 
 class NotUtf8Error(ValueError):

@@ -1,21 +1,18 @@
 """Files, batches and the ledger over any :class:`~mora_serve.store.steps.LedgerSteps`.
 
-Owns sealing a shard into parts and assembling a finished batch's files. Both may be repeated or
-interrupted at any point: parts are named by shard and token, and only an atomic step makes them
-count. Pairs are numbered across shards, so they are sealed apart from them, by
-:mod:`mora_serve.store.pair_stream`.
+Translates between the port (OpenAI-shaped objects, errors) and the steps (plain state). What writes
+blobs is in :mod:`mora_serve.store.assembly`.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mora_serve.errors import ConflictError, StorageError
 from mora_serve.identity import new_id
 from mora_serve.ports import BlobStore, Lease, RowCommit
-from mora_serve.store.pair_stream import LedgerPairs
+from mora_serve.store.assembly import Assembly
 from mora_serve.store.shapes import (
     STAMPS,
     batch_object,
@@ -28,13 +25,7 @@ from mora_serve.store.steps import (
     TERMINAL,
     BatchState,
     LedgerSteps,
-    SealedShard,
-    StoredRow,
 )
-
-ASSEMBLY_TTL_S = 300.0
-"""Claim on the assembly of a batch's files, which may be gigabytes. Two runners that assemble the
-same batch do no harm, they only work twice."""
 
 
 class LedgerBatches:
@@ -45,7 +36,7 @@ class LedgerBatches:
     ) -> None:
         self._steps = steps
         self._blobs = blobs
-        self._pairs = LedgerPairs(steps, blobs)
+        self._assembly = Assembly(steps, blobs)
         self._window_s = completion_window_s
 
     async def ping(self) -> None:
@@ -216,30 +207,24 @@ class LedgerBatches:
             raise lease_lost(lease)
         return answer == "committed"
 
+    async def count_try(self, lease: Lease, line: int) -> int:
+        """Note that work on a row begins; returns how often it has begun without an end."""
+        return await self._steps.count_try(lease, line)
+
+    async def forget_try(self, lease: Lease, line: int) -> None:
+        """Take the last ``count_try`` back: work on the row was interrupted on purpose."""
+        await self._steps.forget_try(lease, line)
+
     async def seal_shard(self, lease: Lease) -> None:
         """Write the shard's parts, then make them count in one atomic step."""
-        rows = await self._steps.shard_rows(lease)
-        sealed = await self._write_parts(lease, rows)
-        answer = await self._steps.seal_shard(lease, sealed, len(rows))
-        if answer == "sealed":
-            await self._pairs.seal(lease.batch_id)
-            return
-        for key in (sealed.output, sealed.error):
-            if key is not None and answer == "changed":
-                await self._blobs.delete(key)
-        if answer == "lost":
-            raise lease_lost(lease)
-        raise StorageError(
-            f"shard {lease.shard} of {lease.batch_id} must be complete to be sealed, "
-            f"got {len(rows)} of {lease.num_rows} rows"
-        )
+        await self._assembly.seal(lease)
 
     async def finalize_ready(self, worker: str, ttl_s: float) -> list[str]:
         """Finish every batch that is due; returns the ids that reached a terminal status."""
         finished = []
         while (batch_id := await self._steps.claim_finalize(worker, ttl_s)) is not None:
             try:
-                await self._finalize(batch_id, worker, ttl_s)
+                await self._assembly.finalize(batch_id, worker, ttl_s)
             except StorageError:
                 # Another runner whose claim had lapsed may have finished and removed the parts.
                 if (await self._state(batch_id)).status not in TERMINAL:
@@ -247,62 +232,8 @@ class LedgerBatches:
             finished.append(batch_id)
         return finished
 
-    # sealing and assembly
-
     async def _state(self, batch_id: str) -> BatchState:
         state = await self._steps.get_state(batch_id)
         if state is None:
             raise no_such("batch", batch_id, "batch_id")
         return state
-
-    async def _write_parts(self, lease: Lease, rows: Sequence[StoredRow]) -> SealedShard:
-        stem = f"batches/{lease.batch_id}/rows/{lease.shard:08d}-{lease.token}"
-        keys: list[str | None] = []
-        for name, is_error in (("output", False), ("error", True)):
-            lines = [row.data for row in rows if row.is_error == is_error]
-            key = f"{stem}.{name}.jsonl" if lines else None
-            if key is not None:
-                await self._blobs.put(key, b"".join(line + b"\n" for line in lines))
-            keys.append(key)
-        return SealedShard(lease.shard, keys[0], keys[1])
-
-    async def _finalize(self, batch_id: str, worker: str, ttl_s: float) -> None:
-        while (lease := await self._steps.lease_leftover(batch_id, worker, ttl_s)) is not None:
-            await self.seal_shard(lease)
-        await self._pairs.seal(batch_id, everything=True)
-        await self._steps.renew_claim(batch_id, worker, max(ttl_s, ASSEMBLY_TTL_S))
-        shards = await self._steps.sealed_shards(batch_id)
-        output = await self._assemble(batch_id, "output", shards, lambda shard: shard.output)
-        error = await self._assemble(batch_id, "error", shards, lambda shard: shard.error)
-        await self._steps.finish(batch_id, output, error)
-        for shard in shards:
-            for key in (shard.output, shard.error):
-                if key is not None:
-                    await self._blobs.delete(key)
-
-    async def _assemble(
-        self,
-        batch_id: str,
-        name: str,
-        shards: Sequence[SealedShard],
-        part: Callable[[SealedShard], str | None],
-    ) -> tuple[dict[str, Any], str] | None:
-        keys = [key for shard in shards if (key := part(shard)) is not None]
-        if not keys:
-            return None
-        digest = hashlib.sha256(f"{batch_id}:{name}".encode()).hexdigest()
-        file_id = f"file-{digest[:24]}"
-        blob = f"files/{file_id}"
-        num_bytes = await self._blobs.concat(blob, keys)
-        file = {
-            "id": file_id,
-            "object": "file",
-            "bytes": num_bytes,
-            "created_at": None,
-            "filename": f"{batch_id}_{name}.jsonl",
-            "purpose": "batch_output",
-            "status": "processed",
-            "expires_at": None,
-            "status_details": None,
-        }
-        return file, blob

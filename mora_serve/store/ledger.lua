@@ -5,8 +5,8 @@
 --   <p>:active            zset of unfinished batch ids, score = turn of the last lease
 --   <p>:batches           zset of all batch ids in order of creation
 --   <p>:batch:<id>        hash: doc, options, status, counts, stamps (s:), usage (u:), classes (c:)
---   <p>:batch:<id>:...    shards, free, leased, tokens, holders, rows:<k>, sealed, tail, parts,
---                         readers
+--   <p>:batch:<id>:...    shards, free, leased, tokens, holders, rows:<k>, tries:<k>,
+--                         sealed, tail, parts, readers
 --   <p>:<name>:index/docs a collection of JSON documents (files, jobs, events, policies ...)
 
 local prefix = KEYS[1]
@@ -47,7 +47,9 @@ local function take(id, shard, ttl)
   call('ZADD', key(id, 'leased'), whole(expires), shard)
   call('HSET', key(id, 'holders'), shard, whole(token))
   local spec = call('HGET', key(id, 'shards'), shard)
-  return { id, shard, whole(token), whole(expires), spec, call('HKEYS', key(id, 'rows:' .. shard)) }
+  local done = call('HKEYS', key(id, 'rows:' .. shard))
+  local tries = call('HGETALL', key(id, 'tries:' .. shard))
+  return { id, shard, whole(token), whole(expires), spec, done, tries }
 end
 
 local function trim(id)
@@ -292,14 +294,20 @@ function steps.shard_rows(id, shard)
   return call('HGETALL', key(id, 'rows:' .. shard))
 end
 
-function steps.seal_shard(id, shard, token, sealed, num_rows)
+function steps.count_try(id, shard, token, line, change)
+  if not held(id, shard, token) then return 0 end
+  return call('HINCRBY', key(id, 'tries:' .. shard), line, change)
+end
+
+function steps.seal_shard(id, shard, token, sealed, num_rows, num_extra)
   if not held(id, shard, token) then return 'lost' end
   local rows = call('HLEN', key(id, 'rows:' .. shard))
   local expected = number(string.match(call('HGET', key(id, 'shards'), shard), '^%d+,(%d+),'))
   local complete = rows == expected or call('HGET', key(id), 'closed') == '1'
   if rows ~= number(num_rows) or not complete then return 'changed' end
   call('HSET', key(id, 'sealed'), shard, sealed)
-  call('DEL', key(id, 'rows:' .. shard))
+  call('HINCRBY', key(id), 'failed', num_extra)
+  call('DEL', key(id, 'rows:' .. shard), key(id, 'tries:' .. shard))
   call('HDEL', key(id, 'holders'), shard)
   call('ZREM', key(id, 'leased'), shard)
   return 'sealed'

@@ -1,4 +1,4 @@
-"""The ledger's steps and blobs within one process: no persistence, same behaviour.
+"""The ledger's steps within one process: no persistence, same behaviour.
 
 Ships for tests and simulations of everything that sits on the store. Each step runs without
 awaiting, so the event loop makes it atomic; ``clock`` can be injected to test leases and windows.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from mora_serve.errors import StorageError
 from mora_serve.ports import Lease, RowCommit
 from mora_serve.store.shapes import bad_cursor, idempotency_conflict
 from mora_serve.store.steps import (
@@ -36,6 +36,7 @@ class _Shard:
     worker: str | None = None
     expires_at: float = 0.0
     sealed: SealedShard | None = None
+    tries: Counter[int] = field(default_factory=Counter)
 
     def leased(self, now: float) -> bool:
         return self.worker is not None and self.expires_at > now
@@ -249,12 +250,24 @@ class MemoryLedger:
                 counters[name] = counters.get(name, 0) + number
         return "committed"
 
+    async def count_try(self, lease: Lease, line: int) -> int:
+        _, shard = self._held(lease)
+        if shard is None:
+            return 0
+        shard.tries[line] += 1
+        return shard.tries[line]
+
+    async def forget_try(self, lease: Lease, line: int) -> None:
+        _, shard = self._held(lease)
+        if shard is not None:
+            shard.tries[line] -= 1
+
     async def shard_rows(self, lease: Lease) -> list[StoredRow]:
         rows = self._batches[lease.batch_id].shards[lease.shard].rows
         return [rows[line] for line in sorted(rows)]
 
     async def seal_shard(
-        self, lease: Lease, sealed: SealedShard, num_rows: int
+        self, lease: Lease, sealed: SealedShard, num_rows: int, num_extra: int
     ) -> Literal["sealed", "changed", "lost"]:
         batch, shard = self._held(lease)
         if shard is None:
@@ -263,6 +276,7 @@ class MemoryLedger:
         if len(shard.rows) != num_rows or not complete:
             return "changed"
         shard.sealed, shard.rows, shard.worker = sealed, {}, None
+        batch.state.failed += num_extra
         return "sealed"
 
     async def sealed_shards(self, batch_id: str) -> list[SealedShard]:
@@ -358,7 +372,7 @@ class MemoryLedger:
         shard.expires_at = self._clock() + ttl_s
         return Lease(
             str(batch.state.doc["id"]), index, shard.token, worker, shard.expires_at,
-            *shard.spec, done=frozenset(shard.rows),
+            *shard.spec, done=frozenset(shard.rows), tries=dict(shard.tries),
         )  # fmt: skip
 
     def _held(self, lease: Lease) -> tuple[_Batch, _Shard | None]:
@@ -391,47 +405,6 @@ class MemoryLedger:
         keep_from = min([batch.state.pairs_sealed, *positions])
         if batch.tail:
             del batch.tail[: max(0, keep_from - batch.tail[0]["seq"])]
-
-
-class MemoryBlobs:
-    """:class:`~mora_serve.ports.BlobStore` in a dictionary."""
-
-    def __init__(self) -> None:
-        self._blobs: dict[str, bytes] = {}
-
-    async def put(self, key: str, chunks: AsyncIterator[bytes] | bytes) -> int:
-        data = chunks if isinstance(chunks, bytes) else b"".join([part async for part in chunks])
-        self._blobs[key] = data
-        return len(data)
-
-    async def open_read(
-        self, key: str, start: int = 0, length: int | None = None
-    ) -> AsyncIterator[bytes]:
-        data = self._blobs.get(key)
-        if data is None:
-            raise StorageError(f"blob {key} must exist to be read")
-        yield data[start : None if length is None else start + length]
-
-    async def concat(self, key: str, parts: Sequence[str]) -> int:
-        missing = [part for part in parts if part not in self._blobs]
-        if missing:
-            raise StorageError(f"blob {missing[0]} must exist to be read")
-        self._blobs[key] = b"".join(self._blobs[part] for part in parts)
-        return len(self._blobs[key])
-
-    async def size(self, key: str) -> int:
-        if key not in self._blobs:
-            raise StorageError(f"blob {key} must exist to be read")
-        return len(self._blobs[key])
-
-    async def exists(self, key: str) -> bool:
-        return key in self._blobs
-
-    async def delete(self, key: str) -> None:
-        self._blobs.pop(key, None)
-
-    def local_path(self, key: str) -> str | None:
-        return None
 
 
 def _page(items: list[T], key: Callable[[T], str], after: str | None, limit: int) -> list[T]:

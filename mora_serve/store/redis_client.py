@@ -32,6 +32,10 @@ from mora_serve.errors import ConfigError, StorageError
 
 PATIENCE_S = 15.0
 """How long an unreachable server is waited for: several times what a restart takes."""
+CONNECT_TIMEOUT_S = 5.0
+REPLY_TIMEOUT_S = 10.0
+"""Applied here and not as the client's ``socket_timeout``: with that set, redis 8.1 loses most
+cancellations that arrive during a read, and a cancelled task goes on."""
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 1.0
 
 
@@ -76,7 +80,8 @@ class RedisClient:
 
     async def _send(self, *args: Any) -> Any:
         send: Callable[..., Awaitable[Any]] = self._client().execute_command
-        return await send(*args)
+        async with asyncio.timeout(REPLY_TIMEOUT_S):
+            return await send(*args)
 
     async def _patiently(self, call: Callable[[], Awaitable[Any]]) -> Any:
         deadline = time.monotonic() + self._patience_s
@@ -106,8 +111,8 @@ class RedisClient:
             return Redis.from_url(
                 self._url,
                 retry=Retry(NoBackoff(), 0),
-                socket_timeout=10.0,
-                socket_connect_timeout=5.0,
+                socket_timeout=None,
+                socket_connect_timeout=CONNECT_TIMEOUT_S,
                 health_check_interval=30,
                 protocol=2,
             )

@@ -144,16 +144,22 @@ class RedisLedger:
         )  # fmt: skip
         return "committed" if answer == b"committed" else _refused(answer, "repeated")
 
+    async def count_try(self, lease: Lease, line: int) -> int:
+        return int(await self._step("count_try", *_held(lease), line, 1))
+
+    async def forget_try(self, lease: Lease, line: int) -> None:
+        await self._step("count_try", *_held(lease), line, -1)
+
     async def shard_rows(self, lease: Lease) -> list[StoredRow]:
         found = _pairs(await self._step("shard_rows", lease.batch_id, lease.shard))
         rows = [StoredRow(int(k), v[:1] == b"e", v[1:]) for k, v in found]
         return sorted(rows, key=lambda row: row.line)
 
     async def seal_shard(
-        self, lease: Lease, sealed: SealedShard, num_rows: int
+        self, lease: Lease, sealed: SealedShard, num_rows: int, num_extra: int
     ) -> Literal["sealed", "changed", "lost"]:
         parts = _dump([sealed.output, sealed.error])
-        answer = await self._step("seal_shard", *_held(lease), parts, num_rows)
+        answer = await self._step("seal_shard", *_held(lease), parts, num_rows, num_extra)
         return "sealed" if answer == b"sealed" else _refused(answer, "changed")
 
     async def sealed_shards(self, batch_id: str) -> list[SealedShard]:
@@ -234,11 +240,12 @@ def _held(lease: Lease) -> tuple[str, int, int]:
 def _lease(reply: Any, worker: str) -> Lease | None:
     if reply is None:
         return None
-    batch_id, shard, token, expires, spec, done = reply
+    batch_id, shard, token, expires, spec, done, tries = reply
     first, rows, offset, size = (int(number) for number in spec.split(b","))
     return Lease(
         batch_id.decode(), int(shard), int(token), worker, int(expires) / 1000,
         first, rows, offset, size, frozenset(int(line) for line in done),
+        {int(line): int(count) for line, count in _pairs(tries)},
     )  # fmt: skip
 
 

@@ -157,11 +157,15 @@ class LedgerSteps(Protocol):
         """Committed rows of an unsealed shard, by line."""
         ...
 
+    async def count_try(self, lease: Lease, line: int) -> int: ...
+    async def forget_try(self, lease: Lease, line: int) -> None: ...
     async def seal_shard(
-        self, lease: Lease, sealed: SealedShard, num_rows: int
+        self, lease: Lease, sealed: SealedShard, num_rows: int, num_extra: int
     ) -> Literal["sealed", "changed", "lost"]:
         """Record the parts and drop the rows; ``changed`` when the shard does not hold
-        ``num_rows`` rows or is not complete while its batch still takes rows."""
+        ``num_rows`` rows or is not complete while its batch still takes rows.
+
+        ``num_extra`` failed rows are in the parts without having been committed."""
         ...
 
     async def sealed_shards(self, batch_id: str) -> list[SealedShard]:

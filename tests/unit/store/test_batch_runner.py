@@ -268,15 +268,67 @@ async def test_rows_in_flight_are_bounded_over_all_shards() -> None:
 
 async def test_two_batches_advance_side_by_side() -> None:
     order: list[str] = []
-    stores, service = Stores.memory(), EchoService(lambda prompt, _call: order.append(prompt[0]))
+    both_open = asyncio.Event()
+
+    async def answer(prompt: str) -> None:
+        await both_open.wait()
+        order.append(prompt[0])
+
+    stores, service = Stores.memory(), EchoService(lambda prompt, _call: answer(prompt))
     ids = [
         await _submit(stores, [_line(n, body={"prompt": f"{name}{n}"}) for n in range(30)], name)
         for name in "ab"
     ]
     async with _running(_runner(stores, service, shard_rows=30, max_in_flight_rows=4)):
         for batch_id in ids:
+            while (await stores.batches.get_batch(batch_id))["status"] == "validating":
+                await asyncio.sleep(0.01)
+        both_open.set()
+        for batch_id in ids:
             assert (await _ended(stores, batch_id))["status"] == "completed"
-    assert "b" in order[:20]
+    assert set(order[8:20]) == {"a", "b"}
+
+
+async def test_rows_that_an_expired_batch_did_not_reach_are_in_its_error_file() -> None:
+    never = asyncio.Event()
+    stores = Stores.memory()
+    service = EchoService(lambda prompt, _call: never.wait() if prompt == "p2" else None)
+    lines = [_line(number) for number in range(6)]
+    batch_id = await _submit(stores, lines, completion_window_s=0.5)
+    async with _running(_runner(stores, service, max_in_flight_rows=1, lease_ttl_s=0.3)):
+        batch = await _ended(stores, batch_id)
+    assert batch["status"] == "expired"
+    assert batch["request_counts"] == {"total": 6, "completed": 2, "failed": 4}
+    assert len(await content(stores, batch["output_file_id"])) == 2
+    errors = await content(stores, batch["error_file_id"])
+    assert [(item["custom_id"], item["error"]["code"]) for item in errors] == [
+        (f"r{number}", "batch_expired") for number in range(2, 6)
+    ]
+
+
+async def test_a_row_that_no_runner_survives_is_given_up_alone(stores: Stores) -> None:
+    never = asyncio.Event()
+    batch_id = await _submit(stores, [_line(number) for number in range(4)])
+
+    def lethal(entered: asyncio.Event) -> Hook:
+        def hook(prompt: str, _call: int) -> Any:
+            if prompt == "p1":
+                entered.set()
+                return never.wait()
+            return asyncio.sleep(0.02)
+
+        return hook
+
+    for attempt in range(3):
+        entered = asyncio.Event()
+        service = EchoService(lethal(entered))
+        doomed = _runner(stores, service, f"w{attempt}", lease_ttl_s=0.2, max_poison_tries=2)
+        await _crash_when(stores, doomed, entered)
+    async with _running(_runner(stores, EchoService(), "last", max_poison_tries=2)):
+        batch = await _ended(stores, batch_id)
+    assert batch["request_counts"] == {"total": 4, "completed": 3, "failed": 1}
+    errors = await content(stores, batch["error_file_id"])
+    assert [(e["custom_id"], e["error"]["code"]) for e in errors] == [("r1", "runner_lost")]
 
 
 async def test_rows_wait_while_the_pair_tail_is_full() -> None:
@@ -349,8 +401,10 @@ async def _crash_when(stores: Stores, runner: BatchRunner, event: asyncio.Event)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stores.batches, "release", nothing)
+        patch.setattr(stores.batches, "forget_try", nothing)
         task = asyncio.create_task(runner.run())
-        await event.wait()
+        async with asyncio.timeout(30):
+            await event.wait()
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -164,6 +165,23 @@ def test_a_data_directory_is_held_by_one_process(tmp_path: Path) -> None:
         pass
     with lock_data_dir(tmp_path):
         pass
+
+
+async def test_a_task_cancelled_during_a_command_ends(server: RedisServer) -> None:
+    client = RedisClient(server.url)
+
+    async def ask_forever() -> None:
+        while True:
+            await client.command("PING")
+
+    for turns in range(60):
+        task = asyncio.create_task(ask_forever())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        done, _ = await asyncio.wait({task}, timeout=5)
+        assert done, f"cancelled after {turns} turns of the loop and still running"
+    await client.aclose()
 
 
 async def test_an_unreachable_redis_is_a_storage_error() -> None:

@@ -11,7 +11,7 @@ from mora_serve.errors import ConfigError, StorageError
 from mora_serve.identity import new_id
 from mora_serve.ports import BlobStore
 from mora_serve.store.blobs import CHUNK_BYTES, FsspecBlobs
-from mora_serve.store.memory import MemoryBlobs
+from mora_serve.store.memory_blobs import MemoryBlobs
 
 
 @pytest.fixture(params=["local", "fsspec memory", "dictionary"])
