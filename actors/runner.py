@@ -114,7 +114,8 @@ class BatchRunner:
                 log.warning("storage failed, trying again: %s", error)
             if not worked:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(wake.wait(), pause_s)
+                    async with asyncio.timeout(pause_s):
+                        await wake.wait()
 
     # work
 

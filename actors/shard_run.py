@@ -174,7 +174,8 @@ class ShardRun:
             if await pairs.tail_length(batch_id) < self._limits.max_stream_tail:
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), self._limits.poll_interval_s)
+                async with asyncio.timeout(self._limits.poll_interval_s):
+                    await self._stopping.wait()
 
     async def _beat(self) -> None:
         ttl_s = self._limits.lease_ttl_s
