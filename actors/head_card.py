@@ -58,8 +58,9 @@ def _validation(card: Mapping[str, Any]) -> str:
     return (
         "## Pair accuracy, cross-validated\n\n"
         "Ten folds over training groups; a conversation's first turn, or a cluster of similar\n"
-        "questions, is in one fold only. Standard errors over groups. Quote these figures.\n\n"
-        + _table(["head", "pairs", "accuracy", "groups"], rows)
+        "questions, is in one fold only. Standard errors over groups. Quote these figures. The\n"
+        "ridge penalties and the weight of reference pairs were chosen by them, which flatters\n"
+        "them by less than their error.\n\n" + _table(["head", "pairs", "accuracy", "groups"], rows)
     )
 
 

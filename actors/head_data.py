@@ -58,7 +58,7 @@ class Group:
     sets: tuple[PairSet, ...]
 
 
-def read_task(directory: Path, task: str, split: Split, *, extra: bool = True) -> list[Group]:
+def read_task(directory: Path, task: str, split: Split, *, extra: bool = False) -> list[Group]:
     """All groups of one head's task. ``extra`` adds ``hh_helpful_extra`` to its training data."""
     if task == "truthful":
         return _read_truthful(directory, split)
@@ -69,7 +69,7 @@ def read_task(directory: Path, task: str, split: Split, *, extra: bool = True) -
     return groups
 
 
-def data_files(directory: Path, *, extra: bool = True) -> list[Path]:
+def data_files(directory: Path, *, extra: bool = False) -> list[Path]:
     """Files that training reads, held-out ones included, in name order."""
     names = [f"hh_{task}.{split}.jsonl.gz" for task in TASKS[:2] for split in ("train", "test")]
     names += ["truthfulqa.csv", "truthfulqa_judged.jsonl.gz"]

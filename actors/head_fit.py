@@ -3,7 +3,7 @@
 A head scores ``w . x`` and prefers the answer with the larger score. ``w`` minimises the mean over
 groups of ``log(1 + exp(-w . (x_better - x_worse)))`` plus ``decay * |w|^2 / 2`` (Bradley and Terry
 1952, with a ridge penalty); every group weighs the same however many pairs it has. Features are
-divided by their standard deviation first. Arrays are float64.
+divided by a scale first, see :func:`feature_scale`. Arrays are float64.
 """
 
 from __future__ import annotations
@@ -77,8 +77,19 @@ def make_pairs(groups: Sequence[Group], features: Mapping[str, np.ndarray]) -> P
     )
 
 
+def feature_scale(answers: np.ndarray) -> np.ndarray:
+    """Divisors ``[features]``: the geometric mean of each standard deviation and their median.
+
+    Halfway between raw and standardised features: the few dimensions of very large variance do not
+    rule the penalty, and those of hardly any do not become noise of unit size.
+    """
+    deviation = answers.std(axis=0) + 1e-6
+    scale: np.ndarray = np.sqrt(deviation * np.median(deviation))
+    return scale
+
+
 def fit(pairs: Pairs, scale: np.ndarray, decay: float) -> np.ndarray:
-    """Weights ``[features]`` for unscaled features; ``scale`` is their standard deviation."""
+    """Weights ``[features]`` for unscaled features; ``scale`` divides them within the fit."""
     x = torch.from_numpy(pairs.differences / scale)
     share = torch.from_numpy(pairs.weights / pairs.weights.sum())
     w = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)

@@ -64,6 +64,7 @@ class HeadWeights:
         temporary = directory / f".{FILE}.tmp"
         tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
         save_file(tensors, temporary, metadata=self._header())
+        temporary.chmod(0o644)
         temporary.replace(directory / FILE)
 
 

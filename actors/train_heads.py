@@ -27,13 +27,20 @@ import torch
 from actors.head_card import render_card
 from actors.head_data import TASKS, Group, Split, data_files, read_task
 from actors.head_features import Extractor, TimeBudgetError
-from actors.head_fit import Pairs, accuracy, cross_validate, fit, make_pairs
+from actors.head_fit import (
+    Pairs,
+    accuracy,
+    cross_validate,
+    feature_scale,
+    fit,
+    make_pairs,
+)
 from actors.head_weights import HeadWeights
 from mora_serve.errors import ConfigError
 
-DECAY = {"helpful": 0.1, "harmless": 0.1, "truthful": 0.05}
+DECAY = {"helpful": 1.0, "harmless": 1.0, "truthful": 0.1}
 """Ridge penalty per head; accuracy is flat within a factor of three around these."""
-REFERENCE_WEIGHT = 2.0
+REFERENCE_WEIGHT = 8.0
 """Weight of a question's reference pairs against its judged pairs."""
 PRIMARY = {"helpful": "hh_helpful", "harmless": "hh_harmless", "truthful": "truthfulqa"}
 """The set that names each head's accuracy."""
@@ -80,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", type=Path, default=Path(".cache/head-features"))
     parser.add_argument("--layers", type=int, default=16, help="layers of the backbone to use")
     parser.add_argument("--max-tokens", type=int, default=512, help="longest prompt plus answer")
-    parser.add_argument("--no-extra", action="store_true", help="leave hh_helpful_extra out")
+    parser.add_argument(
+        "--extra", action="store_true", help="train on hh_helpful_extra too (measured: it hurts)"
+    )
     parser.add_argument("--num-threads", type=int, default=2)
     parser.add_argument("--max-seconds", type=float, help="stop extracting features after this")
     return parser
@@ -88,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def train(args: argparse.Namespace) -> None:
     """Run the whole recipe with parsed arguments, see the module's docstring."""
-    files = data_files(args.data, extra=not args.no_extra)
+    files = data_files(args.data, extra=args.extra)
     _require(args, files)
     deadline = None if args.max_seconds is None else time.monotonic() + args.max_seconds
     extractor = Extractor(
@@ -101,7 +110,7 @@ def train(args: argparse.Namespace) -> None:
     for task in TASKS:
         data = training[task]
         pairs = _weighted(make_pairs(data.groups, data.features))
-        scale = data.answers.std(axis=0) + 1e-6
+        scale = feature_scale(data.answers)
         _progress(f"{task}: cross-validating {len(data.groups)} groups")
         kinds = sorted({str(kind) for kind in pairs.kind})
         validation[task] = cross_validate(pairs, scale, DECAY[task], test_kinds=kinds)
@@ -147,8 +156,14 @@ def _require(args: argparse.Namespace, files: Sequence[Path]) -> None:
 def _load(
     extractor: Extractor, args: argparse.Namespace, task: str, split: Split, deadline: float | None
 ) -> TaskData:
-    groups = read_task(args.data, task, split, extra=not args.no_extra)
-    kept, features = extractor.features(groups, f"{task} {split}", deadline)
+    groups = read_task(args.data, task, split, extra=args.extra)
+    kept: list[Group] = []
+    features: dict[str, np.ndarray] = {}
+    for kind in dict.fromkeys(group.sets[0].kind for group in groups):
+        part = [group for group in groups if group.sets[0].kind == kind]
+        found, tables = extractor.features(part, f"{kind} {split}", deadline)
+        kept += found
+        features.update(tables)
     return TaskData(kept, features, len(groups))
 
 

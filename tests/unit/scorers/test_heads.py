@@ -69,7 +69,7 @@ def reference(tiny_llama: Path, heads_dir: Path, group: ScoreGroup, index: int) 
     model = AutoModel.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.inference_mode():
         output = model(torch.tensor([[*prompt, *answer]]), output_hidden_states=True)
-    states = output.hidden_states[NUM_LAYERS][0, len(prompt) :]
+    states = output.hidden_states[heads.num_layers][0, len(prompt) :]
     features = torch.cat([states[-1], states.mean(dim=0)])
     return (features @ heads.weight.T + heads.bias).tolist()
 
@@ -277,3 +277,42 @@ async def test_an_unknown_dimension_names_the_known_ones(tiny_llama: Path, heads
     scorer = await started(tiny_llama, heads_dir)
     with pytest.raises(InvalidRequestError, match="helpful, harmless, truthful"):
         await scorer.score(GROUPS, ["humor"])
+
+
+@pytest.mark.slow
+async def test_shipped_heads_score_the_real_model_alike_in_any_batch(model_dir: Path) -> None:
+    """Bit-equal in bfloat16, alone or in company."""
+    section = ScorerSettings(name="smol-heads", dimensions=DIMENSIONS, num_threads=2)
+    scorer = HeadScorer(section, model_dir)
+    await scorer.start()
+    together = raws(await scorer.score(GROUPS))
+    assert raws(await scorer.score(GROUPS[::-1]))[::-1] == together
+    for g, group in enumerate(GROUPS):
+        for r, response in enumerate(group.responses):
+            alone = await scorer.score([ScoreGroup(group.prompt, (response,))])
+            assert raws(alone)[0][0] == together[g][r]
+
+
+@pytest.mark.slow
+async def test_packing_the_real_model_is_exact(model_dir: Path) -> None:
+    from actors.head_weights import shipped_heads
+
+    section = ScorerSettings(name="s", dimensions=DIMENSIONS, dtype="float32", num_threads=2)
+    scorer = HeadScorer(section, model_dir)
+    await scorer.start()
+    found = raws(await scorer.score(GROUPS[:1]))
+    for r in range(len(GROUPS[0].responses)):
+        expected = reference(model_dir, shipped_heads(), GROUPS[0], r)
+        assert found[0][r] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+async def test_shipped_heads_tell_a_refusal_from_an_answer(model_dir: Path) -> None:
+    section = ScorerSettings(name="smol-heads", dimensions=DIMENSIONS, num_threads=2)
+    scorer = HeadScorer(section, model_dir)
+    await scorer.start()
+    prompt = (Message("user", "How do I cook rice?"),)
+    answers = ("Rinse it, simmer it covered in twice its volume of water, let it rest.", "No.")
+    ((answer, refusal),) = await scorer.score([ScoreGroup(prompt, answers)])
+    assert answer["helpful"].raw > refusal["helpful"].raw + 1
+    assert refusal["harmless"].raw > answer["harmless"].raw + 1
