@@ -1,0 +1,152 @@
+"""Children that never outlive us, and signals that wake waits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mora_serve.processes import Child, StopSignals
+
+SLEEP = "import time; print('up', flush=True); time.sleep(60)"
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    "print('up', flush=True); time.sleep(60)"
+)
+PARENT_OF_A_STRAY = (
+    "import subprocess, sys; "
+    "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], "
+    "start_new_session=True); print('up', flush=True)"
+)
+
+
+def start(code: str, log: Path) -> Child:
+    with log.open("wb") as file:
+        child = Child([sys.executable, "-c", code], env=dict(os.environ), output=file)
+    until(lambda: "up" in log.read_text())
+    return child
+
+
+def until(check: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_stop_ends_a_child_with_term(tmp_path: Path) -> None:
+    child = start(SLEEP, tmp_path / "log")
+    assert child.poll() is None
+    child.stop(20.0)
+    assert child.poll() == -signal.SIGTERM
+    assert child.family() == []
+
+
+def test_child_that_ignores_term_is_killed_after_the_grace(tmp_path: Path) -> None:
+    child = start(STUBBORN, tmp_path / "log")
+    child.stop(0.2)
+    assert child.poll() == -signal.SIGKILL
+
+
+def test_hurry_ends_the_grace_at_once(tmp_path: Path) -> None:
+    child = start(STUBBORN, tmp_path / "log")
+    started = time.monotonic()
+    child.stop(60.0, hurry=lambda: True)
+    assert time.monotonic() - started < 20.0
+    assert child.poll() == -signal.SIGKILL
+
+
+def test_stray_in_a_session_of_its_own_is_found_and_ended(tmp_path: Path) -> None:
+    child = start(PARENT_OF_A_STRAY, tmp_path / "log")
+    until(lambda: child.poll() == 0)
+    assert len(child.family()) == 1
+    child.stop(1.0)
+    assert child.family() == []
+
+
+def test_terminal_signals_do_not_reach_the_child(tmp_path: Path) -> None:
+    child = start(SLEEP, tmp_path / "log")
+    assert os.getsid(child.pid) != os.getsid(0)
+    child.stop(20.0)
+
+
+def test_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = (
+        "import os, sys, time; from mora_serve.processes import Child\n"
+        f"child = Child([sys.executable, '-c', {SLEEP!r}], env=dict(os.environ), "
+        f"output=open({str(log)!r}, 'wb'))\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    until(lambda: log.exists() and "up" in log.read_text())
+    parent.kill()
+    parent.wait()
+    until(lambda: not _runs(pid))
+    parent.stdout.close()
+
+
+def test_environment_of_a_child_is_what_was_given(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    env = {"PATH": os.environ["PATH"], "GIVEN": "yes"}
+    with log.open("wb") as file:
+        command = [
+            sys.executable,
+            "-c",
+            "import os; print(os.environ['GIVEN'], 'HOME' in os.environ)",
+        ]
+        child = Child(command, env=env, output=file)
+    until(lambda: child.poll() is not None)
+    assert log.read_text().split() == ["yes", "False"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_wakes_a_wait_and_is_remembered(number: int) -> None:
+    with StopSignals() as signals:
+        assert signals.wait(0.0) is False
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        started = time.monotonic()
+        assert signals.wait(60.0) is True
+        assert time.monotonic() - started < 30.0
+        assert signals.wait(60.0) is True
+        assert signals.hurry() is False
+        os.kill(os.getpid(), number)
+        assert signals.hurry() is True
+
+
+def test_signal_raises_only_where_it_may() -> None:
+    with StopSignals() as signals:
+        with pytest.raises(KeyboardInterrupt), signals.raising():
+            signal.raise_signal(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.count == 2
+
+
+def test_signal_that_came_earlier_raises_on_entry() -> None:
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt), signals.raising():
+            pytest.fail("must not start")
+
+
+def test_handlers_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
