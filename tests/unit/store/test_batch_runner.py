@@ -266,6 +266,21 @@ async def test_rows_in_flight_are_bounded_over_all_shards() -> None:
     assert service.most_in_flight == 3
 
 
+async def test_further_shards_are_leased_while_permits_are_free() -> None:
+    three = asyncio.Event()
+    stores = Stores.memory()
+
+    def hook(_prompt: str, _call: int) -> Any:
+        if service.in_flight == 3:
+            three.set()
+        return three.wait()
+
+    service = EchoService(hook)
+    batch_id = await _submit(stores, [_line(number) for number in range(3)])
+    async with _running(_runner(stores, service, shard_rows=1, max_in_flight_rows=3)):
+        assert (await _ended(stores, batch_id))["status"] == "completed"
+
+
 async def test_two_batches_advance_side_by_side() -> None:
     order: list[str] = []
     both_open = asyncio.Event()

@@ -73,6 +73,12 @@ async def test_a_failed_replacement_keeps_the_old_blob(blobs: BlobStore) -> None
     assert await _read(blobs, "kept") == b"old"
 
 
+async def test_a_second_put_replaces_the_first(blobs: BlobStore) -> None:
+    await blobs.put("key", b"old and long")
+    await blobs.put("key", b"new")
+    assert await _read(blobs, "key") == b"new"
+
+
 async def test_a_missing_blob_is_a_storage_error(blobs: BlobStore) -> None:
     with pytest.raises(StorageError):
         await _read(blobs, "absent")

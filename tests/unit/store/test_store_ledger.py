@@ -14,6 +14,7 @@ from mora_serve.errors import (
     StorageError,
 )
 from mora_serve.store import Stores
+from mora_serve.store.batches import LedgerBatches
 from tests.unit.store.ledger_driver import (
     all_pairs,
     content,
@@ -228,6 +229,16 @@ async def test_leases_go_to_the_batch_with_the_fewest(stores: Stores) -> None:
     assert (await lease(stores)).batch_id != (await lease(stores)).batch_id
 
 
+async def test_handing_back_leases_makes_a_batch_first_in_line(stores: Stores) -> None:
+    await open_batch(stores, [1] * 4)
+    second = await open_batch(stores, [1] * 4)
+    held = [await lease(stores) for _ in range(4)]
+    for found in held:
+        if found.batch_id == second:
+            await stores.batches.release(found)
+    assert [(await lease(stores)).batch_id for _ in range(2)] == [second, second]
+
+
 async def test_excluded_batches_are_passed_over(stores: Stores) -> None:
     first = await open_batch(stores, [1, 1])
     assert await stores.batches.lease_shard("w", 100.0, exclude=(first,)) is None
@@ -278,6 +289,18 @@ async def test_a_cancelled_batch_takes_no_late_row(stores: Stores) -> None:
     with pytest.raises(LeaseLostError):
         await stores.batches.commit_row(held, row(0))
     assert (await stores.batches.get_batch(batch_id))["output_file_id"] is None
+
+
+async def test_a_closed_batch_takes_no_row_even_before_it_is_assembled(stores: Stores) -> None:
+    batch_id = await open_batch(stores, [2])
+    held = await lease(stores)
+    await stores.batches.cancel_batch(batch_id)
+    await expire(stores, held)
+    assert isinstance(stores.batches, LedgerBatches)
+    assert await stores.batches._steps.claim_finalize("w", 100.0) == batch_id
+    assert await stores.pairs.is_finished(batch_id)
+    with pytest.raises(LeaseLostError):
+        await stores.batches.commit_row(held, row(0))
 
 
 async def test_a_batch_cancelled_before_validation_ends_cancelled(stores: Stores) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from mora_serve.store import Stores, pair_stream
+from mora_serve.store.steps import PairPart
 from tests.unit.store.ledger_driver import all_pairs, drain, lease, open_batch, row, work
 
 
@@ -73,6 +74,19 @@ async def test_sealing_twice_at_once_keeps_every_pair_once(stores: Stores) -> No
         await stores.batches.commit_row(held, row(line))
     await asyncio.gather(*(stores.pairs.seal(batch_id, everything=True) for _ in range(3)))
     assert [pair["seq"] for pair in await all_pairs(stores, batch_id, 2)] == list(range(9))
+    assert await stores.pairs.tail_length(batch_id) == 0
+
+
+async def test_a_part_counts_only_where_the_sealed_pairs_end(stores: Stores) -> None:
+    batch_id = await open_batch(stores, [6, 1])
+    held = await lease(stores)
+    for line in range(6):
+        await stores.batches.commit_row(held, row(line))
+    await stores.pairs.seal(batch_id)
+    steps = stores.pairs._steps
+    for first, last in ((0, 1), (3, 5), (5, 5), (4, 6)):
+        assert not await steps.add_pair_part(batch_id, PairPart(first, last, "absent"))
+    assert await steps.add_pair_part(batch_id, PairPart(4, 5, "late"))
     assert await stores.pairs.tail_length(batch_id) == 0
 
 
