@@ -2,7 +2,9 @@
 
 Ray reads these choices from the environment when it is first imported, in every process of the
 cluster, so the composition root sets them before that. HAProxy's files go under the data directory;
-its two side ports (statistics, metrics) are free ones, so that several stacks share a machine.
+its side ports (statistics, metrics, fallback proxy) are free ones, so that several stacks share a
+machine. The fallback's default port is bound shared, and a second stack whose replicas are not up
+yet would have its requests answered by the first one.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def python_proxy_environment() -> dict[str, str]:
 
 def haproxy_environment(binary: str, directory: Path) -> dict[str, str]:
     """HAProxy with all its files in ``directory``."""
-    stats_port, metrics_port = free_ports(2)
+    stats_port, metrics_port, fallback_http, fallback_grpc = free_ports(4)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         BINARY_VARIABLE: binary,
@@ -79,6 +81,8 @@ def haproxy_environment(binary: str, directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "10",
     }
