@@ -34,8 +34,9 @@ def test_every_profile_loads(profile: str) -> None:
 
 
 def test_profile_beats_defaults() -> None:
-    assert load_settings("embedded", environ=NO_ENVIRON).sampling.temperature == 0.8
-    assert Settings().sampling.temperature == 1.0
+    assert load_settings("embedded", environ=NO_ENVIRON).policy.backend == "vllm"
+    assert load_settings("fake", environ=NO_ENVIRON).policy.backend == "fake"
+    assert Settings().policy.backend == "vllm"
 
 
 def test_file_beats_profile_and_merges_sections(tmp_path: Path) -> None:
