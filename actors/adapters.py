@@ -21,8 +21,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from actors.aio import gather
@@ -75,7 +75,7 @@ async def call(method: Any, *args: Any, unavailable: Unavailable) -> Any:
     except asyncio.CancelledError:
         response.cancel()
         raise
-    except (RayError, RayServeException) as error:
+    except Exception as error:  # noqa: BLE001 - Serve may raise what the replica raised, unwrapped
         raise translate(error, unavailable) from None
 
 
@@ -131,7 +131,7 @@ class ServeGenerator:
         try:
             async for delta in response:
                 yield delta
-        except (RayError, RayServeException) as error:
+        except Exception as error:  # noqa: BLE001 - as in call()
             raise translate(error, GenerationError) from None
         finally:
             response.cancel()

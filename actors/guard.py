@@ -21,7 +21,7 @@ def child_pids() -> frozenset[int]:
 
 
 class ChildGuard:
-    """Guards ``pids`` until :meth:`release`. The guard itself survives signals to our group."""
+    """Kills ``pids`` when this process ends, or when :meth:`kill` is called."""
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._shell = subprocess.Popen(
@@ -32,9 +32,8 @@ class ChildGuard:
             start_new_session=True,
         )
 
-    def release(self) -> None:
-        """Stop guarding; the children are left alone."""
-        self._shell.kill()
+    def kill(self) -> None:
+        """Kill the children that are left, and end the guard."""
+        assert self._shell.stdin is not None
+        self._shell.stdin.close()
         self._shell.wait()
-        if self._shell.stdin is not None:
-            self._shell.stdin.close()

@@ -65,29 +65,30 @@ def engine_seed(seed: int, token_ids: Sequence[int]) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2
 
 
-def cpu_engine_environment(
+def engine_environment(
     overrides: Mapping[str, str],
     *,
+    on_cpu: bool,
     num_ranks: int = 1,
     cores: frozenset[int] | None = None,
     prefix: Path | None = None,
 ) -> dict[str, str]:
-    """Variables for an engine on CPU; ``overrides`` (``policy.engine_env``) win.
+    """Variables of the engine's processes; ``overrides`` (``policy.engine_env``) win.
 
     ``num_ranks`` is the number of worker processes; with more than one, vLLM's own binding by NUMA
     node is kept. ``cores`` are the cores to use (default: those this process may use), ``prefix``
     is where the interpreter's environment lives.
     """
-    usable = cores if cores is not None else frozenset(os.sched_getaffinity(0))
-    variables = {
-        "VLLM_CPU_KVCACHE_SPACE": KV_CACHE_GIB,
-        "OMP_NUM_THREADS": str(max(1, len(usable) // num_ranks)),
-    }
-    if num_ranks == 1:
-        variables["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in sorted(usable))
-    preload = (prefix or Path(sys.prefix)) / OPENMP
-    if preload.exists():
-        variables["LD_PRELOAD"] = str(preload)
+    variables = {"VLLM_NO_USAGE_STATS": "1"}
+    if on_cpu:
+        usable = cores if cores is not None else frozenset(os.sched_getaffinity(0))
+        variables["VLLM_CPU_KVCACHE_SPACE"] = KV_CACHE_GIB
+        variables["OMP_NUM_THREADS"] = str(max(1, len(usable) // num_ranks))
+        if num_ranks == 1:
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(usable)))
+        preload = (prefix or Path(sys.prefix)) / OPENMP
+        if preload.exists():
+            variables["LD_PRELOAD"] = str(preload)
     return {**variables, **overrides}
 
 

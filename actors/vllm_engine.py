@@ -36,8 +36,8 @@ from actors.generator import PolicyVersion
 from actors.guard import ChildGuard, child_pids
 from actors.merge import merge_adapter, require_same_shapes
 from actors.runtime import (
-    cpu_engine_environment,
     engine_arguments,
+    engine_environment,
     engine_seed,
     environment,
 )
@@ -98,25 +98,12 @@ class VllmGenerator:
     # --- life cycle -------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the engine's processes and load the model. Blocks the event loop meanwhile: there
-        is nothing else to serve. Raises ``ConfigError`` when the model cannot be served."""
-        from vllm import AsyncEngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
+        """Start the engine's processes and load the model, in a thread: it takes long.
 
-        on_cpu = current_platform.is_cpu()
-        arguments = engine_arguments(self._settings, self._model_dir, on_cpu=on_cpu)
-        ranks = int(arguments.get("tensor_parallel_size", 1))
-        variables = (
-            cpu_engine_environment(self._settings.engine_env, num_ranks=ranks)
-            if on_cpu
-            else self._settings.engine_env
-        )
+        Raises ``ConfigError`` when the model cannot be served.
+        """
         _require_model(self._model_dir)
-        before = child_pids()
-        with environment(variables):
-            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        self._guard = ChildGuard(child_pids() - before)
+        on_cpu, arguments = await asyncio.to_thread(self._start)
         self._tokenizer = self._engine.get_tokenizer()
         self._side_by_side = bool(arguments["enable_lora"])
         self._seeded = not (on_cpu and arguments["enable_chunked_prefill"])
@@ -124,6 +111,23 @@ class VllmGenerator:
             logger.warning("seeds are ignored: chunked prefill on CPU ends the engine with them")
         if getattr(self._tokenizer, "chat_template", None) is None:
             raise ConfigError(f"policy.path must have a chat template, got {self._model_dir}")
+
+    def _start(self) -> tuple[bool, dict[str, Any]]:
+        from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        on_cpu = current_platform.is_cpu()
+        arguments = engine_arguments(self._settings, self._model_dir, on_cpu=on_cpu)
+        num_ranks = int(arguments.get("tensor_parallel_size", 1))
+        variables = engine_environment(
+            self._settings.engine_env, on_cpu=on_cpu, num_ranks=num_ranks
+        )
+        before = child_pids()
+        with environment(variables):
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._guard = ChildGuard(child_pids() - before)
+        return on_cpu, arguments
 
     async def check_health(self) -> None:
         """Raise ``GenerationError`` when the engine is gone or does not answer."""
@@ -138,7 +142,7 @@ class VllmGenerator:
         if self._engine is not None:
             self._engine.shutdown()
         if self._guard is not None:
-            self._guard.release()
+            self._guard.kill()
 
     def num_unfinished(self) -> int:
         """Samples that the engine works on or has queued."""
@@ -248,12 +252,12 @@ class VllmGenerator:
 
     async def _run(self, call: _Call) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one call. Leaving the iteration early aborts the request in the engine."""
-        from vllm import TokensPrompt
         from vllm.exceptions import VLLMClientError
+        from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         outputs = self._engine.generate(
-            TokensPrompt(prompt_token_ids=call.token_ids),
+            tokens_input(call.token_ids),
             call.params,
             uuid.uuid4().hex,
             lora_request=call.lora,

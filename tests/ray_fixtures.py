@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 
-import pytest
+import pytest_asyncio
+
+from api.proxy import common_environment, python_proxy_environment
+
+# Serve reads its environment when it is imported, which test modules do; so it is set here, as the
+# service sets it for itself.
+os.environ.update({**common_environment(local=True), **python_proxy_environment()})
 
 
-@pytest.fixture(scope="session")
-def ray_local() -> Iterator[None]:
-    """Ray and Serve in this process's own cluster, without an HTTP proxy."""
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def ray_local() -> AsyncIterator[None]:
+    """Ray and Serve in a cluster of this process's own, without an HTTP proxy.
+
+    Serve's handles belong to the event loop that first uses them and are shut down with Serve, so
+    tests that call handles run in the session's loop, which outlives this fixture.
+    """
     import ray
     from ray import serve
 
@@ -26,5 +38,5 @@ def ray_local() -> Iterator[None]:
         )
         serve.start(proxy_location="Disabled")
         yield
-        serve.shutdown()
+        await asyncio.to_thread(serve.shutdown)
         ray.shutdown()

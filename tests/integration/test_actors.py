@@ -32,7 +32,7 @@ from mora_serve.types import (
 from tests.contract.generator_contract import GENERATOR_CHECKS, GeneratorCheck
 from tests.contract.scorer_contract import SCORER_CHECKS, ScorerCheck
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180), pytest.mark.asyncio(loop_scope="session")]
 PATIENCE_S = 60.0
 
 

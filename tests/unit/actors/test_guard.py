@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,44 +12,37 @@ import pytest
 from actors.guard import ChildGuard, child_pids
 
 PARENT = """
-import subprocess, sys, time
+import subprocess, time
 from actors.guard import ChildGuard
 child = subprocess.Popen(["sleep", "60"], start_new_session=True, stdout=subprocess.DEVNULL)
 guard = ChildGuard([child.pid])
-if sys.argv[1] == "release":
-    guard.release()
 print(child.pid, flush=True)
 time.sleep(60)
 """
 
 
-def start(mode: str) -> tuple[subprocess.Popen[str], psutil.Process]:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, mode], stdout=subprocess.PIPE, text=True
-    )
-    assert parent.stdout is not None
-    return parent, psutil.Process(int(parent.stdout.readline()))
-
-
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_parent_takes_its_children_along(end: signal.Signals) -> None:
-    parent, child = start("guard")
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
     parent.send_signal(end)
     parent.wait()
     assert child in psutil.wait_procs([child], timeout=10)[0]
 
 
-def test_a_released_guard_leaves_the_children_alone() -> None:
-    parent, child = start("release")
-    parent.kill()
-    parent.wait()
-    assert child in psutil.wait_procs([child], timeout=0.2)[1]
-    os.kill(child.pid, signal.SIGKILL)
-
-
-def test_release_ends_the_guard_itself() -> None:
+def test_children_live_until_they_are_killed() -> None:
     before = child_pids()
-    guard = ChildGuard([])
-    assert child_pids() != before
-    guard.release()
+    child = subprocess.Popen(["sleep", "60"])
+    guard = ChildGuard([child.pid])
+    assert child.poll() is None
+    assert child_pids() > before | {child.pid}
+    guard.kill()
+    assert child.wait(timeout=10) == -signal.SIGKILL
     assert child_pids() == before
+
+
+def test_children_that_are_gone_already_are_no_trouble() -> None:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    ChildGuard([child.pid]).kill()
