@@ -68,12 +68,15 @@ def build_context(deps: Deps) -> Context:
     )
 
 
-def _context(request: Request) -> Context:
+# Coroutines, because FastAPI runs plain functions in a thread: half of a small request's cost.
+
+
+async def _context(request: Request) -> Context:
     return cast(Context, request.app.state.context)
 
 
-def _deps(request: Request) -> Deps:
-    return _context(request).deps
+async def _deps(request: Request) -> Deps:
+    return (await _context(request)).deps
 
 
 ContextArg = Annotated[Context, Depends(_context)]

@@ -280,7 +280,10 @@ def prepare_model(
 
 def run_child(command: list[str], signals: StopSignals, what: str) -> None:
     """Run a command of ours to its end, showing its output; ``what`` names it in the error."""
-    child = Child(command, env=child_env(), output=sys.stderr.fileno())
+    env = child_env()
+    if not sys.stderr.isatty():
+        env["TQDM_DISABLE"] = "1"
+    child = Child(command, env=env, output=sys.stderr.fileno())
     try:
         while child.poll() is None:
             if signals.wait(POLL_S):

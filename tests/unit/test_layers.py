@@ -6,7 +6,17 @@ import sys
 
 import mora_serve
 
-ENGINES = {"ray", "torch", "vllm", "transformers", "trl", "peft", "datasets", "fastapi", "starlette"}
+ENGINES = {
+    "ray",
+    "torch",
+    "vllm",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "fastapi",
+    "starlette",
+}
 
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys
