@@ -27,9 +27,10 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.stack import CACHE, served
+from mora_serve.cli.common import read_prompts
 from mora_serve.client import Client
 from mora_serve.config import ENV_CONFIG, Settings, dump_settings, load_settings
-from mora_serve.demo import load_prompts
+from mora_serve.demo import DEMO_PROMPTS
 from mora_serve.types import Message, Messages, ScoreGroup
 
 COUNTERS = (
@@ -65,7 +66,7 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
     """Interleaved rounds of gateway, (a) and (b); prints and returns the figures."""
     path = str((CACHE / "models" / load_settings("embedded").policy.model).resolve())
     settings = load_settings("embedded", overrides={"policy": {"path": path}})
-    prompts = [row["prompt"] for row in load_prompts()][: args.prompts]
+    prompts = [row["prompt"] for row in read_prompts(DEMO_PROMPTS, args.prompts)]
     with served("embedded") as url:
         offline = start_offline(settings)
         scorer = BareScorer(settings)

@@ -19,7 +19,9 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.stack import served
+from mora_serve.cli.common import read_prompts
 from mora_serve.client import Client
+from mora_serve.demo import DEMO_PROMPTS
 
 OPEN = {"uncertain", "unknown"}
 STATISTICS = ("mean", "spread", "ceiling", "posterior_mean")
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write both diagnoses here as JSONL")
     args = parser.parse_args()
-    prompts = read_prompts(args.prompts, args.limit)
+    prompts = choose_prompts(args.prompts, args.limit)
     with ExitStack() as stack:
         url = args.url or stack.enter_context(served("embedded"))
         draws = [
@@ -51,13 +53,9 @@ def main() -> None:
         print(line)
 
 
-def read_prompts(path: Path | None, limit: int) -> list[str]:
-    """Prompts of a JSONL file, evenly spread over it when there are more than ``limit``."""
-    if path is None:
-        from mora_serve import demo
-
-        return [row["prompt"] for row in demo.load_prompts()][:limit]
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+def choose_prompts(path: Path | None, limit: int) -> list[str]:
+    """Prompts of a file, evenly spread over it when there are more than ``limit``."""
+    rows = read_prompts(path or DEMO_PROMPTS)
     step = max(1, len(rows) // limit)
     return [row["prompt"] for row in rows[::step]][:limit]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from mora_serve.cli.common import (
     read_prompts,
     say_json,
 )
-from mora_serve.cli.requests import diagnose_all
+from mora_serve.cli.requests import MaxTokensOption, TemperatureOption, diagnose_all
 from mora_serve.errors import MoraError
 from mora_serve.processes import StopSignals
 from mora_serve.stack import run_child
@@ -52,8 +53,11 @@ def calibrate(
     ),
     kind: Annotated[str, typer.Option(help="robust_z, quantile or identity.")] = "robust_z",
     n: Annotated[int, typer.Option("-n", help="Rollouts per prompt.")] = 8,
+    split: Annotated[str, typer.Option(help="Rows of another `split` are left out.")] = "train",
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
     model: Annotated[str | None, typer.Option(help="Policy version; default: current.")] = None,
+    temperature: TemperatureOption = None,
+    max_tokens: MaxTokensOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
@@ -62,8 +66,12 @@ def calibrate(
     """Sample and score training prompts on a running server; fit a calibrator on raw rewards."""
     if kind not in {"robust_z", "quantile", "identity"}:
         raise typer.BadParameter(f"--kind must be robust_z, quantile or identity, got {kind}")
-    texts = [row["prompt"] for row in read_prompts(prompts, limit)]
-    body = {"model": model, "n": n, "n_max": n, "seed": seed, "include_rollouts": True}
+    rows = [row for row in read_prompts(prompts) if row.get("split", split) == split]
+    texts = [row["prompt"] for row in rows[:limit]]
+    sampling: dict[str, Any] = {
+        "n": n, "temperature": temperature, "max_tokens": max_tokens, "seed": seed,
+    }  # fmt: skip
+    body = {**sampling, "model": model, "n_max": n, "include_rollouts": True}
     with progress_bar() as progress:
         task = progress.add_task("sampling and scoring", total=len(texts))
         groups = []
@@ -74,7 +82,12 @@ def calibrate(
     if not groups:
         raise MoraError("no prompt could be sampled; nothing to fit")
     dimensions = list(groups[0].rollouts[0].scores)
-    sampling = {"n": n, "seed": seed}
+    sampling |= {
+        "prompts": prompts.name,
+        "split": split,
+        "prompts_sha256": hashlib.sha256(prompts.read_bytes()).hexdigest(),
+        "num_prompts": len(groups),
+    }
     calibrator = fit_calibrator(groups, dimensions, kind=kind, sampling=sampling)  # type: ignore[arg-type]
     calibrator.save(out_file)
     _show(calibrator, out_file, as_json)
