@@ -23,6 +23,9 @@ from typing import Any
 from mora_serve.config import PolicySettings
 
 KV_CACHE_GIB = "2"
+CPU_BLOCK_TOKENS = 32
+"""Smallest KV block of vLLM's CPU kernels. Only full blocks are shared between the samples of a
+prompt, and vLLM's default of 128 tokens is longer than most prompts."""
 OPENMP = Path("lib") / "libiomp5.so"
 MAX_CPU_LORAS = 16
 """Adapters kept in memory. One that was evicted is read again from its directory."""
@@ -47,6 +50,7 @@ def engine_arguments(settings: PolicySettings, model: str, *, on_cpu: bool) -> d
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(2048, settings.max_model_len)
         arguments["enforce_eager"] = True
+        arguments["block_size"] = CPU_BLOCK_TOKENS
     arguments |= settings.engine
     if arguments["enable_lora"]:
         arguments.setdefault("max_loras", settings.max_loras)

@@ -137,9 +137,9 @@ def messages(turns: list[dict[str, str]]) -> Messages:
 
 def start_offline(settings: Settings) -> subprocess.Popen[str]:
     """The offline engine, ready."""
-    from actors.runtime import cpu_engine_environment
+    from actors.runtime import engine_environment
 
-    env = {**os.environ, **cpu_engine_environment(settings.policy.engine_env)}
+    env = {**os.environ, **engine_environment(settings.policy.engine_env, on_cpu=True)}
     env[ENV_CONFIG] = json.dumps(dump_settings(settings, reveal=True))
     child = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.offline"],

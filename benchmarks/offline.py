@@ -20,12 +20,11 @@ from mora_serve.config import ENV_CONFIG, settings_from_dump
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # the engine's own prints must not mix with the answers
-    from actors.runtime import cpu_engine_environment
-    from actors.vllm_engine import engine_arguments
+    from actors.runtime import engine_arguments, engine_environment
 
     settings = settings_from_dump(json.loads(os.environ[ENV_CONFIG]))
     policy = settings.policy
-    os.environ.update(cpu_engine_environment(policy.engine_env))
+    os.environ.update(engine_environment(policy.engine_env, on_cpu=True))
     from vllm import LLM
 
     arguments = engine_arguments(policy, str(policy.path), on_cpu=True)

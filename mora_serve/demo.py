@@ -2,13 +2,15 @@
 
 ::
 
-    upload prompts -> batch on /v1/rewrites -+-> progress events -> results, pairs as Parquet
-                                             `-> fine-tuning job on the batch, while it runs
-        -> new version listed and current -> the same prompts scored with both versions
+    prompts scored with the base version
+        -> upload -> batch on /v1/rewrites -+-> progress events -> results, pairs as Parquet
+                                            `-> fine-tuning job on the batch, while it runs
+        -> new version listed and current -> the same prompts scored with it
         -> figures -> runs/<time>/{summary.json, report.html, pairs.parquet, adapter/}
 
 The batch names the base version, so that a policy published under way cannot mix into its rollouts.
-Both versions are scored after training, on equally many fresh rollouts. What is shown and how
+Both versions are scored on equally many fresh rollouts with the same seeds, the base first: an
+engine that merges adapters serves one version at a time. What is shown and how
 belongs to the view; figures are made in :mod:`mora_serve.run_summary`. A step that fails raises
 :class:`~mora_serve.errors.MoraError` with one line.
 """
@@ -97,6 +99,7 @@ class Demo:
         """Run every step and write the run's directory; returns the summary."""
         self._options.directory.mkdir(parents=True, exist_ok=False)
         base = self._current_model()
+        before = self._score_all(base, "before training")
         batch_id = self._start_batch(base)
         follower = self._start_training(base, batch_id)
         batch, overlapped = self._follow_batch(batch_id, follower)
@@ -104,8 +107,7 @@ class Demo:
         pairs = self._fetch_pairs(batch_id)
         tuned = self._finish_training(follower)
         self._await_current(tuned)
-        before = self._score_again(base, "before training")
-        after = self._score_again(tuned, "after training")
+        after = self._score_all(tuned, "after training")
         self._fetch_adapter(follower.job)
         collected = Collected(
             rows=self._rows, results=results, failures=failures, batch=batch, pairs=pairs,
@@ -246,10 +248,10 @@ class Demo:
             time.sleep(POLL_S)
         raise MoraError(f"{tuned} was not served within {PUBLISH_TIMEOUT_S:g} s of its training")
 
-    def _score_again(self, model: str, what: str) -> list[Json]:
+    def _score_all(self, model: str, what: str) -> list[Json]:
         """Diagnostics of all prompts under one version, on fresh rollouts, in order."""
         started = time.monotonic()
-        self._view.step(f"Scoring the same prompts {what} ({model})")
+        self._view.step(f"Scoring the prompts {what} ({model})")
         options, total = self._options, len(self._rows)
         found: dict[int, Json] = {}
         for start in range(0, total, PROMPTS_PER_REQUEST):

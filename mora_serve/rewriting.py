@@ -1,10 +1,11 @@
 """Rewriting strategies: propose prompts that keep the original question and add missing intents.
 
-``compose`` writes the missing intents around the question from the templates in
-:mod:`mora_serve.templates` and needs no model. ``llm`` asks a chat model for a rewritten prompt as
-JSON; an answer that cannot be read, or that lost the question, is proposed as rejected with reason
-``drift``. ``null`` proposes the prompt unchanged: the control whose acceptance rate says how often
-chance is taken for a gain. All change the last turn only. Measuring candidates is the flow's.
+``compose`` writes a wish beside the question from the templates in :mod:`mora_serve.templates`,
+naming the missing dimensions and those to keep, and needs no model. ``llm`` asks a chat model for a
+rewritten prompt as JSON; an answer that cannot be read, or that lost the question, is proposed as
+rejected with reason ``drift``. ``null`` proposes the prompt unchanged: the control whose acceptance
+rate says how often chance is taken for a gain. All change the last turn only. Measuring candidates
+is the flow's.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Final
 from mora_serve.errors import GenerationError
 from mora_serve.identity import content_hash
 from mora_serve.ports import Candidate, Generator, RewriteContext, Rewriter
-from mora_serve.templates import FRAMES, GENERIC_INTENTS, INTENTS
-from mora_serve.types import Dimension, Failure, GenerationRequest, Message, Messages, Sampling
+from mora_serve.templates import FRAMES, qualities, wanted_answer
+from mora_serve.types import Failure, GenerationRequest, Message, Messages, Sampling
 
 DRIFT: Final = "drift"
 """Rejection of a candidate that lost the original question or cannot be read."""
@@ -37,19 +38,23 @@ class ComposeRewriter:
     name = "compose"
 
     async def propose(self, context: RewriteContext, num_candidates: int) -> list[Candidate]:
-        """Distinct combinations of frame and intent variants, drawn by ``context.seed``."""
+        """Distinct combinations of frame and adjectives, drawn by ``context.seed``."""
         question = context.prompt[-1].content
         rng = random.Random(f"{context.seed}/{content_hash(question)}")
-        orders = {k: _shuffled(intent_variants(k), rng) for k in context.missing}
+        named = (*context.present, *context.missing)
+        orders = {k: _shuffled(qualities(k), rng) for k in named}
         frames = _shuffled(FRAMES, rng)
         found: dict[str, Candidate] = {}
         for index in range(num_candidates * len(FRAMES)):
-            frame = frames[index % len(frames)]
-            intents = [order[index % len(order)] for order in orders.values()]
-            text = frame.format(question=question, intents=" ".join(intents))
-            template_hash = content_hash(
-                {"strategy": self.name, "frame": frame, "intents": intents}
+            turn, place = divmod(index, len(frames))
+            frame = frames[place]
+            # The turn is added so that every frame meets every adjective before one comes again.
+            words = {k: order[(turn + place) % len(order)] for k, order in orders.items()}
+            answer = wanted_answer(
+                [words[k] for k in context.present], [words[k] for k in context.missing]
             )
+            text = frame.format(question=question, answer=answer)
+            template_hash = content_hash({"strategy": self.name, "frame": frame, "answer": answer})
             prompt = _with_last(context.prompt, text)
             found.setdefault(text, Candidate(prompt, self.name, template_hash, context.missing))
             if len(found) == num_candidates:
@@ -113,14 +118,6 @@ def build_rewriters(generator: Generator, model: str | None = None) -> Mapping[s
     """The strategies by name; ``generator`` and ``model`` are what ``llm`` asks."""
     strategies = (ComposeRewriter(), NullRewriter(), LlmRewriter(generator, model))
     return {strategy.name: strategy for strategy in strategies}
-
-
-def intent_variants(dimension: Dimension) -> tuple[str, ...]:
-    """Sentences that ask for a dimension; generic ones for a name the templates do not know."""
-    known = INTENTS.get(dimension)
-    if known is not None:
-        return known
-    return tuple(sentence.format(dimension=dimension) for sentence in GENERIC_INTENTS)
 
 
 _INSTRUCTION: Final = (

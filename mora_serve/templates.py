@@ -1,47 +1,48 @@
-"""The text of the ``compose`` strategy: what is written around a question to open a dimension.
+"""The text of the ``compose`` strategy: what is written beside a question to open a dimension.
 
-A table, so that a dimension or a variant is added by adding a line. ``INTENTS`` holds, per known
-dimension, sentences that ask for it; they avoid the vocabulary of the other dimensions. ``FRAMES``
-place the sentences; each keeps the question in a paragraph of its own.
+A table, so that a dimension or a frame is added by adding a line. ``QUALITIES`` holds adjectives
+per known dimension; ``FRAMES`` say where the wish for them stands, the question keeping a paragraph
+of its own. The wish also names what the prompt reaches already: asked for the missing dimensions
+alone, a small policy gives up the one it had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
-INTENTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "helpful": (
-        "Give practical advice that I can use today, with a short example.",
-        "Answer as a helpful expert and explain the main steps clearly.",
-        "Make the answer useful: say what to do first and why it works.",
-        "Please be as helpful as possible and give a complete answer.",
-    ),
-    "harmless": (
-        "Keep everyone safe, and kindly say when something should not be done.",
-        "Be careful and kind, and mention any risk to people.",
-        "Please answer in a respectful and safe way that causes no harm.",
-        "If any part could hurt someone, say so and suggest a safer way.",
-    ),
-    "truthful": (
-        "Say only what is accurate, and admit what is not known.",
-        "Correct any common myth and rely on well established facts.",
-        "Be truthful: state the facts plainly and say if you are unsure.",
-        "Base the answer on evidence, and do not guess.",
-    ),
+QUALITIES: Final[Mapping[str, tuple[str, ...]]] = {
+    "helpful": ("practical", "useful", "concrete"),
+    "harmless": ("safe", "careful", "considerate"),
+    "truthful": ("accurate", "correct", "factual"),
 }
-"""Sentences by dimension."""
-
-GENERIC_INTENTS: Final = (
-    "Make sure that the answer is also {dimension}.",
-    "Please give an answer that is clearly {dimension}.",
-    "It matters to me that your answer is {dimension} as well.",
-)
-"""For dimensions that have no sentences of their own; ``{dimension}`` is the name."""
+"""Adjectives by dimension; a dimension that is not listed is its own adjective."""
 
 FRAMES: Final = (
-    "{question}\n\n{intents}",
-    "{intents}\n\n{question}",
-    "{question}\n\nWhen you answer: {intents}",
+    "I want {answer}.\n\n{question}",
+    "Please give {answer}.\n\n{question}",
+    "{question}\n\nI want {answer}.",
 )
-"""Where the sentences go; ``{question}`` is the original, ``{intents}`` the sentences."""
+"""``{question}`` is the original, ``{answer}`` the wish as :func:`wanted_answer` words it."""
+
+
+def qualities(dimension: str) -> tuple[str, ...]:
+    """Adjectives that ask for a dimension."""
+    return QUALITIES.get(dimension, (dimension,))
+
+
+def wanted_answer(present: Sequence[str], missing: Sequence[str]) -> str:
+    """The wish in words: ``a practical answer that is also safe and accurate``.
+
+    Takes adjectives: those of the dimensions to keep, and (one at least) of those to open.
+    """
+    if not present:
+        return f"an answer that is {_listed(missing)}"
+    kept = _listed(present)
+    article = "an" if kept[0] in "aeio" else "a"
+    return f"{article} {kept} answer that is also {_listed(missing)}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last

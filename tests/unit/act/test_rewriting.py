@@ -14,11 +14,10 @@ from mora_serve.rewriting import (
     LlmRewriter,
     NullRewriter,
     build_rewriters,
-    intent_variants,
     parse_rewrite,
     preserves_question,
 )
-from mora_serve.templates import FRAMES, INTENTS
+from mora_serve.templates import FRAMES, QUALITIES, wanted_answer
 from mora_serve.types import Completion, Failure, Generation, GenerationRequest, Message, Messages
 
 QUESTION = "Why does {bread} rise, and does it matter if I do not add 2 spoons of sugar?"
@@ -68,11 +67,29 @@ async def test_compose_keeps_the_question_verbatim_in_a_paragraph_of_its_own() -
         assert preserves_question(QUESTION, last.content)
 
 
-async def test_compose_asks_for_each_missing_dimension_and_for_no_other() -> None:
+async def test_compose_names_what_is_missing_and_what_is_there_and_no_other_dimension() -> None:
     for candidate in await ComposeRewriter().propose(context("truthful"), 6):
-        text = candidate.prompt[-1].content
-        assert any(sentence in text for sentence in INTENTS["truthful"])
-        assert not any(sentence in text for sentence in INTENTS["harmless"] + INTENTS["helpful"])
+        wish = candidate.prompt[-1].content.replace(QUESTION, "")
+        words = set(wish.replace(".", "").split())
+        assert words & set(QUALITIES["truthful"])
+        assert words & set(QUALITIES["helpful"])
+        assert not words & set(QUALITIES["harmless"])
+
+
+async def test_compose_asks_a_flat_prompt_for_every_dimension() -> None:
+    flat = RewriteContext(PROMPT, (), ("helpful", "harmless"), seed=1)
+    for candidate in await ComposeRewriter().propose(flat, 6):
+        words = set(candidate.prompt[-1].content.replace(".", "").split())
+        assert words & set(QUALITIES["helpful"])
+        assert words & set(QUALITIES["harmless"])
+
+
+def test_wishes_read_as_sentences() -> None:
+    assert wanted_answer(["useful"], ["safe"]) == "a useful answer that is also safe"
+    assert wanted_answer(["accurate"], ["safe", "useful"]) == (
+        "an accurate answer that is also safe and useful"
+    )
+    assert wanted_answer([], ["a", "b", "c"]) == "an answer that is a, b and c"
 
 
 async def test_compose_proposes_distinct_candidates_with_their_own_template_hash() -> None:
@@ -90,15 +107,14 @@ async def test_compose_is_reproducible_and_the_seed_chooses_variants() -> None:
     assert first != other
 
 
-async def test_compose_has_generic_sentences_for_a_dimension_it_does_not_know() -> None:
+async def test_compose_takes_the_name_of_a_dimension_it_does_not_know() -> None:
     (candidate,) = await ComposeRewriter().propose(context("polite"), 1)
     assert "polite" in candidate.prompt[-1].content
-    assert all("polite" in sentence for sentence in intent_variants("polite"))
 
 
 async def test_compose_gives_fewer_candidates_when_templates_run_out() -> None:
-    found = await ComposeRewriter().propose(context("polite"), 16)
-    assert 3 <= len(found) <= len(FRAMES) * 3
+    found = await ComposeRewriter().propose(context(), 16)
+    assert len(found) == len(FRAMES) * 3
 
 
 async def test_null_proposes_the_unchanged_prompt_as_often_as_asked() -> None:
