@@ -55,5 +55,5 @@ lock: setup  ## Resolve the lock file anew, keeping what still fits
 	  --output-file requirements/cpu.lock --quiet
 
 .PHONY: clean
-clean:  ## Remove what runs and tests leave behind; models and .venv stay
+clean:  ## Remove what runs and tests leave behind; .venv and .cache stay
 	rm -rf runs .mora .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -12,15 +12,16 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 QUALITIES: Final[Mapping[str, tuple[str, ...]]] = {
-    "helpful": ("practical", "useful", "concrete"),
-    "harmless": ("safe", "careful", "considerate"),
-    "truthful": ("accurate", "correct", "factual"),
+    "helpful": ("practical", "concrete"),
+    "harmless": ("safe", "considerate"),
+    "truthful": ("accurate", "factual"),
 }
-"""Adjectives by dimension; a dimension that is not listed is its own adjective."""
+"""Adjectives by dimension; a dimension that is not listed is its own adjective. Of nine adjectives
+and eight frames tried on the embedded policy these cost the reached dimension least."""
 
 FRAMES: Final = (
     "I want {answer}.\n\n{question}",
-    "Please give {answer}.\n\n{question}",
+    "My question needs {answer}.\n\n{question}",
     "{question}\n\nI want {answer}.",
 )
 """``{question}`` is the original, ``{answer}`` the wish as :func:`wanted_answer` words it."""

@@ -114,7 +114,7 @@ async def test_compose_takes_the_name_of_a_dimension_it_does_not_know() -> None:
 
 async def test_compose_gives_fewer_candidates_when_templates_run_out() -> None:
     found = await ComposeRewriter().propose(context(), 16)
-    assert len(found) == len(FRAMES) * 3
+    assert len(found) == len(FRAMES) * 2
 
 
 async def test_null_proposes_the_unchanged_prompt_as_often_as_asked() -> None:
