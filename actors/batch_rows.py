@@ -178,4 +178,5 @@ def backoff_s(failures: int, error: Exception) -> float:
 
 def _json(value: Any) -> bytes:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.encode("utf-8", "replace")
+    # A lone surrogate, which UTF-8 cannot say, becomes JSON's escape of it.
+    return text.encode("utf-8", "backslashreplace")

@@ -26,7 +26,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from mora_serve.errors import InvalidRequestError
-from mora_serve.requests import BODIES, MAX_SEED, Body, MessageBody, Text, request_error
+from mora_serve.requests import BODIES, MAX_SEED, Body, MessageBody, Text
+from mora_serve.validation import request_error
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 

@@ -30,14 +30,12 @@ from mora_serve.errors import (
     ScoringError,
     StorageError,
 )
+from mora_serve.validation import rule_text, shown
 
 logger = logging.getLogger("mora.api")
 
 RETRY_UNAVAILABLE_S = 5
 """``Retry-After`` of a 503: about the time Serve needs to notice and replace a dead replica."""
-
-MAX_SHOWN_CHARS = 60
-"""Longest piece of a caller's scalar that a message repeats."""
 
 
 class UnauthorizedError(InvalidRequestError):
@@ -185,11 +183,11 @@ def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
     if kind == "missing":
         return Problem(400, f"{param} is required.", "invalid_request_error", param,
                        "missing_required_parameter")  # fmt: skip
-    rule = str(first["msg"]).removeprefix("Input should ").rstrip(".")
     value = first.get("input")
-    shown = f", got {str(value)[:MAX_SHOWN_CHARS]!r}" if isinstance(value, str | int) else ""
+    got = f", got {shown(str(value))!r}" if isinstance(value, str | int) else ""
     code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
-    return Problem(400, f"{param} must {rule}{shown}.", "invalid_request_error", param, code)
+    message = f"{param} {rule_text(first)}{got}."
+    return Problem(400, message, "invalid_request_error", param, code)
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -150,14 +150,18 @@ class PromptError(ErrorBody):
 
 
 class RolloutOut(Wire):
+    """``finish_reason`` and ``num_tokens`` are null for an answer that was given, not sampled."""
+
     index: int
     text: str
-    finish_reason: Literal["stop", "length"]
-    num_tokens: int
+    finish_reason: Literal["stop", "length"] | None
+    num_tokens: int | None
     scores: dict[str, ScoreOut]
 
 
 class DimensionOut(Wire):
+    """``state`` is null where too few scores are valid for a statement."""
+
     mean: float | None
     spread: float | None
     ceiling: float | None
@@ -169,7 +173,7 @@ class DimensionOut(Wire):
     expected_ceiling: float | None
     bound: float | None
     reach: float | None
-    state: str
+    state: Literal["reachable", "unreachable", "undecided", "unmeasurable"] | None
     reliability: float | None
 
 

@@ -129,10 +129,12 @@ class StreamResponse(Response):
 
 
 def dump_json(value: Any) -> bytes:
-    """Compact JSON in UTF-8. NaN and infinities are refused: they are not JSON."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
-        "utf-8", "replace"
-    )
+    """Compact JSON in UTF-8. NaN and infinities are refused: they are not JSON.
+
+    A lone surrogate, which UTF-8 cannot say, becomes JSON's escape of it, so that nothing is lost.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")
 
 
 class Json(Response):

@@ -29,6 +29,7 @@ from pydantic_core import PydanticCustomError
 
 from mora_serve.errors import InvalidRequestError
 from mora_serve.types import Message, Messages
+from mora_serve.validation import broken_rule, request_error, shown
 
 DIAGNOSTICS_URL: Final = "/v1/diagnostics"
 SCORES_URL: Final = "/v1/scores"
@@ -93,8 +94,13 @@ class SamplingBody(Body):
     model: Text | None = None
     n: int | None = Field(None, ge=1, le=MAX_N)
     """Rollouts per prompt and round."""
-    n_max: int | None = Field(None, ge=1, le=MAX_N_MAX)
-    """Rollouts per prompt at most, over all rounds."""
+    n_max: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_N_MAX,
+        description="Rollouts per prompt at most, over all rounds. Without n, a value below the "
+        "configured n is the size of the only round.",
+    )
     temperature: float | None = Field(None, ge=0.0, le=2.0)
     top_p: float | None = Field(None, gt=0.0, le=1.0)
     max_tokens: int | None = Field(None, ge=1)
@@ -105,7 +111,7 @@ class SamplingBody(Body):
     @model_validator(mode="after")
     def _rounds_fit(self) -> SamplingBody:
         if self.n is not None and self.n_max is not None and self.n_max < self.n:
-            raise _rule("n_max", f"must be at least n ({self.n}), got {self.n_max}")
+            raise broken_rule("n_max", f"must be at least n ({self.n}), got {self.n_max}")
         return self
 
 
@@ -121,18 +127,18 @@ class DiagnosticsRequest(SamplingBody):
         if self.responses is None:
             return self
         if len(self.responses) != len(self.prompts):
-            raise _rule(
+            raise broken_rule(
                 "responses",
                 f"must hold one list per prompt ({len(self.prompts)}), got {len(self.responses)}",
             )
         for index, group in enumerate(self.responses):
             if not 1 <= len(group) <= MAX_N_MAX:
-                raise _rule(
+                raise broken_rule(
                     f"responses.{index}", f"must hold 1 to {MAX_N_MAX} answers, got {len(group)}"
                 )
         for name in ("n", "n_max", "model", "temperature", "top_p", "max_tokens", "seed"):
             if getattr(self, name) is not None:
-                raise _rule(name, "must be absent beside responses, which are not sampled")
+                raise broken_rule(name, "must be absent beside responses, which are not sampled")
         return self
 
 
@@ -255,8 +261,9 @@ def parse_batch_row(line: bytes | str, endpoint: str) -> BatchRow:
     _custom_id(row)
     extra = sorted(set(row) - {"custom_id", "method", "url", "body"})
     if extra:
+        name = shown(extra[0])
         raise InvalidRequestError(
-            f"{extra[0]} is not a field of a batch row", extra[0], "unknown_parameter"
+            f"{name} is not a field of a batch row", name, "unknown_parameter"
         )
     if row.get("method") != "POST":
         raise InvalidRequestError("method must be POST", "method", "invalid_method")
@@ -299,86 +306,10 @@ def _custom_id(row: Mapping[str, Any]) -> str:
             "custom_id",
             "invalid_custom_id",
         )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidRequestError(
+            "custom_id must be valid Unicode text", "custom_id", "invalid_custom_id"
+        ) from None
     return value
-
-
-# --- pydantic errors ----------------------------------------------------------------------------
-
-_TAGS: Final = frozenset({"string", "turns"})
-_SHOWN_FIELDS: Final = frozenset({"model", "mode", "strategies", "dimensions", "role"})
-"""Fields whose text may be repeated in a message; all other text could be a prompt."""
-_RULES: Final[Mapping[str, str]] = {
-    "missing": "must be given",
-    "greater_than_equal": "must be at least {ge}",
-    "greater_than": "must be above {gt}",
-    "less_than_equal": "must be at most {le}",
-    "less_than": "must be below {lt}",
-    "too_short": "must hold at least {min_length} item(s)",
-    "too_long": "must hold at most {max_length} items",
-    "literal_error": "must be {expected}",
-    "string_type": "must be a string",
-    "string_unicode": "must be valid Unicode text",
-    "int_type": "must be an integer",
-    "int_from_float": "must be an integer",
-    "int_parsing_size": "must be an integer of at most 64 bits",
-    "float_type": "must be a number",
-    "finite_number": "must be a finite number",
-    "bool_type": "must be true or false",
-    "list_type": "must be a list",
-    "model_type": "must be an object",
-    "model_attributes_type": "must be an object",
-}
-_CODES: Final[Mapping[str, str]] = {
-    "missing": "missing_required_parameter",
-    "extra_forbidden": "unknown_parameter",
-    "prompt_type": "invalid_type",
-}
-
-
-class _RuleError(ValueError):
-    """A rule across fields; carries the field's path, which pydantic cannot know."""
-
-    def __init__(self, param: str, rule: str) -> None:
-        super().__init__(f"{param} {rule}")
-        self.param = param
-
-
-def _rule(param: str, rule: str) -> _RuleError:
-    return _RuleError(param, rule)
-
-
-def request_error(error: ValidationError, *, prefix: str = "") -> InvalidRequestError:
-    """The first broken rule as an error with ``param`` (dotted path) and a stable ``code``.
-
-    Codes: ``missing_required_parameter``, ``unknown_parameter``, ``invalid_type``,
-    ``invalid_value``.
-    """
-    item = error.errors(include_url=False)[0]
-    broken = item.get("ctx", {}).get("error")
-    if isinstance(broken, _RuleError):
-        return InvalidRequestError(f"{prefix}{broken}", prefix + broken.param, "invalid_value")
-    kind = item["type"]
-    path = prefix + ".".join(str(part) for part in item["loc"] if part not in _TAGS)
-    if kind == "extra_forbidden":
-        message = f"{path} is not a field of this request"
-    else:
-        rule = _RULES.get(kind, item["msg"]).format(**item.get("ctx", {}))
-        message = f"{path} {rule}{_got(item, kind)}"
-    is_type = kind.endswith("_type") or kind == "int_from_float"
-    code = _CODES.get(kind, "invalid_type" if is_type else "invalid_value")
-    return InvalidRequestError(message, path or None, code)
-
-
-def _got(item: Any, kind: str) -> str:
-    value = item.get("input")
-    if kind == "missing":
-        return ""
-    if isinstance(value, bool | int | float) or value is None:
-        return f", got {json.dumps(value)}"
-    named = {part for part in item["loc"] if isinstance(part, str)}
-    if isinstance(value, str) and named & _SHOWN_FIELDS:
-        return f", got {value[:80]!r}"
-    return f", got {_JSON_NAMES.get(type(value).__name__, type(value).__name__)}"
-
-
-_JSON_NAMES: Final = {"str": "a string", "dict": "an object", "list": "a list"}

@@ -71,6 +71,30 @@ def test_diagnostics_rules(fields: dict[str, Any], param: str, code: str, rule: 
     assert error.message.startswith(param)
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompts": ["a"], "k" * 100_000: 1}, "k" * 80 + "... is not a field of this request"),
+        ({"prompts": ["a"], "n": 10**400}, "n must be at most 256, got 1" + "0" * 79 + "..."),
+        ({"prompts": ["a"], "model": "m" * 1000, "n": 0}, "n must be at least 1, got 0"),
+        ({"prompts": ["a"], "\ud800": 1}, "body must be valid Unicode text, got a string"),
+        ({"prompts": [[{"role": "user", "content": "a", "\ud800": 1}]]},
+         "prompts.0.0 must be valid Unicode text, got a string"),
+    ],
+)  # fmt: skip
+def test_what_is_repeated_of_a_request_is_short_and_can_be_encoded(body: Any, message: str) -> None:
+    error = refused(DIAGNOSTICS_URL, body)
+    assert error.message == message
+    assert len((error.param or "").encode("utf-8")) < 100
+
+
+def test_an_unknown_field_of_a_row_is_cut_and_can_be_encoded() -> None:
+    for name in ("k" * 100_000, "\ud800"):
+        with pytest.raises(InvalidRequestError) as caught:
+            parse_batch_row(row(**{name: 1}), DIAGNOSTICS_URL)
+        assert len(caught.value.message.encode("utf-8")) < 200
+
+
 def test_message_faults_name_their_place() -> None:
     error = refused(DIAGNOSTICS_URL, {"prompts": [[{"role": "robot", "content": SECRET}]]})
     assert error.param == "prompts.0.0.role"
@@ -182,6 +206,7 @@ def test_a_valid_batch_row() -> None:
         (row(custom_id=...), "invalid_custom_id", "custom_id"),
         (row(custom_id=7), "invalid_custom_id", "custom_id"),
         (row(custom_id=""), "invalid_custom_id", "custom_id"),
+        (row(custom_id="a\ud800"), "invalid_custom_id", "custom_id"),
         (row(method="GET"), "invalid_method", "method"),
         (row(url=SCORES_URL), "invalid_url", "url"),
         (row(body=...), "missing_body", "body"),
@@ -200,3 +225,4 @@ def test_a_broken_row_keeps_its_custom_id_for_the_error_file() -> None:
     assert custom_id_of(row(method="GET")) == "row-1"
     assert custom_id_of(b"{") is None
     assert custom_id_of(row(custom_id=3)) is None
+    assert custom_id_of(row(custom_id="a\ud800")) is None

@@ -147,6 +147,66 @@ async def test_lone_surrogates_are_refused_everywhere_text_is_kept(
     assert error_of(response)["param"] == "metadata.a"
 
 
+@pytest.mark.parametrize(
+    ("url", "body", "message"),
+    [
+        (CHAT, {"messages": HELLO, "logprobs": True}, "logprobs must be false, got true"),
+        (CHAT, {"messages": HELLO, "metadata": {"a": "x" * 513}},
+         "metadata.a must be at most 512 characters long, got a string"),
+        (CHAT, {"messages": HELLO, "metadata": {"a" * 65: "x"}},
+         f"metadata.{'a' * 65} must have a name that is at most 64 characters long, got a string"),
+        (BATCHES, {"input_file_id": "f", "endpoint": SCORES, "defaults": 3},
+         "defaults must be an object, got 3"),
+        (JOBS, {"model": "", "training_file": "f"},
+         "model must be at least 1 character(s) long, got ''"),
+        (JOBS, {"model": "m", "training_file": "f", "suffix": "a b"},
+         "suffix must match ^[A-Za-z0-9-]+$, got a string"),
+        (JOBS, {"model": "m", "training_file": "f", "suffix": "a" * 19},
+         "suffix must be at most 18 characters long, got a string"),
+        (JOBS, {"model": "m", "training_file": "f", "validation_file": "f"},
+         "validation_file must be null, got a string"),
+        ("/v1/files", {"uri": "x" * 2049, "purpose": "batch"},
+         "uri must be at most 2048 characters long, got a string"),
+    ],
+)  # fmt: skip
+async def test_rules_are_said_in_our_words(
+    client: httpx.AsyncClient, url: str, body: Any, message: str
+) -> None:
+    response = await client.post(url, json=body)
+
+    assert response.status_code == 400
+    assert error_of(response)["message"] == message
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("after=" + "a" * 129, f"after must be at most 128 characters long, got '{'a' * 80}...'."),
+        ("limit=many", "limit must be an integer, got 'many'."),
+        ("limit=0", "limit must be at least 1, got '0'."),
+    ],
+)
+async def test_rules_of_urls_are_said_in_our_words(
+    client: httpx.AsyncClient, query: str, message: str
+) -> None:
+    response = await client.get(f"{BATCHES}?{query}")
+
+    assert response.status_code == 400
+    assert error_of(response)["message"] == message
+
+
+async def test_rules_of_headers_are_said_in_our_words(client: httpx.AsyncClient) -> None:
+    response = await client.post(
+        BATCHES,
+        json={"input_file_id": "f", "endpoint": SCORES},
+        headers={"idempotency-key": "k" * 256},
+    )
+
+    error = error_of(response)
+    assert (error["param"], response.status_code) == ("idempotency-key", 400)
+    assert error["message"].startswith("idempotency-key must be at most 255 characters long, got")
+
+
 async def test_one_bad_prompt_among_many_fails_alone(client: httpx.AsyncClient) -> None:
     response = await client.post(DIAGNOSTICS, json={"prompts": ["fine", "", LONG, "also fine"]})
 

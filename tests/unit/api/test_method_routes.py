@@ -13,9 +13,10 @@ import pytest
 from api import schemas
 from api.app import create_app
 from api.deps import Deps
+from api.streaming import dump_json
 from mora_serve.errors import GenerationError
-from mora_serve.fakes import FakeGenerator
-from mora_serve.types import Failure, Generation, GenerationRequest
+from mora_serve.fakes import FakeGenerator, FakeScorer
+from mora_serve.types import Failure, Generation, GenerationRequest, ScoreStatus
 from tests.unit.api.conftest import error_of, make_client, make_deps, make_settings
 
 
@@ -56,6 +57,31 @@ async def test_diagnostics_answer_in_the_order_of_the_prompts(client: httpx.Asyn
     assert set(body.data[0].dimensions) == {"helpful", "harmless", "truthful"}
     assert body.usage.rollouts == sum(item.num_rollouts for item in body.data)
     assert response.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("status", ["ok", "failed", "timeout", "truncated"])
+@pytest.mark.parametrize(
+    ("url", "body", "schema"),
+    [
+        ("/v1/diagnostics", {"prompts": ["one", "two", ""], "n": 3, "n_max": 3},
+         schemas.DiagnosticsResponse),
+        ("/v1/diagnostics", {"prompts": ["one"], "responses": [["a", "b c"]]},
+         schemas.DiagnosticsResponse),
+        ("/v1/rewrites", {"prompt": "one", "n": 3, "n_max": 3}, schemas.RewriteResponse),
+        ("/v1/rewrites", {"prompt": "one", "n": 8}, schemas.RewriteResponse),
+        ("/v1/scores", {"rows": [{"prompt": "a", "response": "b"}]}, schemas.ScoresResponse),
+    ],
+)  # fmt: skip
+async def test_answers_with_few_or_missing_scores_keep_to_their_schema(
+    url: str, body: dict[str, Any], schema: type[schemas.Wire], status: ScoreStatus
+) -> None:
+    """Every other answer scores with ``status`` on one dimension."""
+    scorer = FakeScorer(status=lambda _, i, k: status if k == "helpful" and i % 2 == 0 else None)
+    async with make_client(create_app(make_deps(scorer=scorer))) as client:
+        response = await client.post(url, json={**body, "seed": 1} if "n" in body else body)
+
+    assert response.status_code == 200, response.text
+    schema.model_validate(response.json())
 
 
 async def test_equal_seeds_give_equal_bytes(client: httpx.AsyncClient) -> None:
@@ -254,3 +280,9 @@ async def test_fault_in_the_middle_of_a_stream_is_its_last_line() -> None:
     assert response.status_code == 200
     last = response.text.strip().splitlines()[-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "generator_unavailable"
+
+
+def test_what_is_sent_is_what_was_said_even_where_utf8_cannot_say_it() -> None:
+    value = {"text": "\ud800 größe", "\udfff": [1, None]}
+
+    assert json.loads(dump_json(value).decode("utf-8")) == value
