@@ -45,7 +45,15 @@ def render_card(card: Mapping[str, Any]) -> str:
         heads=card["heads_sha256"],
         max_tokens=card["recipe"]["max_tokens"],
     )
-    parts = [introduction, _validation(card), _held_out(card), _scales(card), BIASES, _data(card)]
+    parts = [
+        introduction,
+        _validation(card),
+        _held_out(card),
+        _calibration(card),
+        _scales(card),
+        BIASES,
+        _data(card),
+    ]
     return "\n".join(parts)
 
 
@@ -77,6 +85,28 @@ def _held_out(card: Mapping[str, Any]) -> str:
         "## Pair accuracy, held out\n\n"
         "Every head on every held-out set, looked at once, after the fit.\n\n"
         + _table(["pairs", *names, "longer wins", "groups"], rows)
+    )
+
+
+def _calibration(card: Mapping[str, Any]) -> str:
+    rows = [
+        [task, kind, f"{found['error']:.3f}"]
+        + [
+            f"{item['confidence']:.2f} → {item['accuracy']:.2f} ({item['num_pairs']})"
+            for item in found["bins"]
+        ]
+        for task, kinds in card["calibration"].items()
+        for kind, found in kinds.items()
+    ]
+    width = max(len(row) for row in rows)
+    header = ["head", "pairs", "error", *(f"bin {i + 1}" for i in range(width - 3))]
+    slopes = ", ".join(f"{name} {value:.2f}" for name, value in card["log_odds_per_point"].items())
+    return (
+        "## Calibration of pair probabilities\n\n"
+        "A difference of one point between two answers is this much log-odds of the preference:\n"
+        f"{slopes}. By the out-of-fold fits: expected calibration error, and per bin\n"
+        "the stated probability, the share that held, and the number of pairs.\n\n"
+        + _table(header, [row + [""] * (width - len(row)) for row in rows])
     )
 
 

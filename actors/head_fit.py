@@ -18,6 +18,7 @@ import torch
 from actors.head_data import Group
 
 NUM_FOLDS = 10
+NUM_BINS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,34 @@ class Accuracy:
     """Standard error over groups."""
     num_groups: int
     num_pairs: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConfidenceBin:
+    """Pairs whose preferred answer the fit gave a probability within one range."""
+
+    confidence: float
+    """Mean stated probability that the preferred answer is the better one, in [0.5, 1]."""
+    accuracy: float
+    """Share of them in which it is, each group counting once over all its pairs."""
+    num_pairs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """How far stated probabilities of pairs can be believed."""
+
+    error: float
+    """Expected calibration error: mean distance of confidence and accuracy over the bins."""
+    bins: tuple[ConfidenceBin, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What cross-validation found for one kind of pair."""
+
+    accuracy: Accuracy
+    confidence: Confidence
 
 
 def make_pairs(groups: Sequence[Group], features: Mapping[str, np.ndarray]) -> Pairs:
@@ -117,6 +146,28 @@ def accuracy(margins: np.ndarray, pairs: Pairs) -> Accuracy:
     return Accuracy(float(values.mean()), error, len(values), len(margins))
 
 
+def confidence(margins: np.ndarray, pairs: Pairs) -> Confidence:
+    """Calibration of ``sigmoid(|margin|)``, margins in the log-odds of :func:`fit`.
+
+    Bins of equal width (Guo et al. 2017, arXiv 1706.04599, equation 5), pairs by their weights.
+    """
+    stated = 1 / (1 + np.exp(-np.abs(margins)))
+    right = np.where(margins == 0, 0.5, margins > 0)
+    place = np.minimum(((stated - 0.5) / 0.5 * NUM_BINS).astype(int), NUM_BINS - 1)
+    share = pairs.weights / pairs.weights.sum()
+    bins, error = [], 0.0
+    for index in range(NUM_BINS):
+        inside = place == index
+        if not inside.any():
+            continue
+        weights = share[inside]
+        said = float(np.average(stated[inside], weights=weights))
+        found = float(np.average(right[inside], weights=weights))
+        bins.append(ConfidenceBin(said, found, int(inside.sum())))
+        error += float(weights.sum()) * abs(said - found)
+    return Confidence(error, tuple(bins))
+
+
 def folds(clusters: Iterable[str], num_folds: int = NUM_FOLDS) -> np.ndarray:
     """Fold of each cluster by its hash: equal clusters share a fold, whatever the order."""
     digests = (hashlib.sha256(f"mora-fold:{name}".encode()).digest() for name in clusters)
@@ -125,8 +176,8 @@ def folds(clusters: Iterable[str], num_folds: int = NUM_FOLDS) -> np.ndarray:
 
 def cross_validate(
     pairs: Pairs, scale: np.ndarray, decay: float, *, test_kinds: Sequence[str]
-) -> dict[str, Accuracy]:
-    """Accuracy by kind of pair, every pair scored by a fit that has not seen its cluster.
+) -> dict[str, Validation]:
+    """What every kind of pair shows, each pair scored by a fit that has not seen its cluster.
 
     All kinds train; only ``test_kinds`` are scored. ``scale`` may come from all training features,
     since it uses no label.
@@ -138,7 +189,11 @@ def cross_validate(
         if held.any() and not held.all():
             weights = fit(pairs.where(~held), scale, decay)
             margins[held] = pairs.differences[held] @ weights
-    return {
-        kind: accuracy(margins[pairs.kind == kind], pairs.where(pairs.kind == kind))
-        for kind in test_kinds
-    }
+    result = {}
+    for kind in test_kinds:
+        chosen = pairs.kind == kind
+        part = pairs.where(chosen)
+        result[kind] = Validation(
+            accuracy(margins[chosen], part), confidence(margins[chosen], part)
+        )
+    return result

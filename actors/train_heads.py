@@ -106,7 +106,7 @@ def train(args: argparse.Namespace) -> None:
     training = {task: _load(extractor, args, task, "train", deadline) for task in TASKS}
     held_out = {task: _load(extractor, args, task, "test", deadline) for task in TASKS}
     validation = {}
-    rows, offsets = [], []
+    rows, offsets, slopes = [], [], []
     for task in TASKS:
         data = training[task]
         pairs = _weighted(make_pairs(data.groups, data.features))
@@ -114,7 +114,9 @@ def train(args: argparse.Namespace) -> None:
         _progress(f"{task}: cross-validating {len(data.groups)} groups")
         kinds = sorted({str(kind) for kind in pairs.kind})
         validation[task] = cross_validate(pairs, scale, DECAY[task], test_kinds=kinds)
-        weight, bias = _normalised(fit(pairs, scale, DECAY[task]), data.answers)
+        fitted = fit(pairs, scale, DECAY[task])
+        weight, bias = _normalised(fitted, data.answers)
+        slopes.append(np.linalg.norm(fitted) / np.linalg.norm(weight))
         rows.append(weight)
         offsets.append(bias)
     heads = HeadWeights(
@@ -135,8 +137,15 @@ def train(args: argparse.Namespace) -> None:
         "data": [{"file": path.name, "sha256": _sha256(path)} for path in files],
         "groups": {task: _counts(training[task], held_out[task]) for task in TASKS},
         "cross_validation": {
-            task: {kind: asdict(value) for kind, value in found.items()}
+            task: {kind: asdict(value.accuracy) for kind, value in found.items()}
             for task, found in validation.items()
+        },
+        "calibration": {
+            task: {kind: asdict(value.confidence) for kind, value in found.items()}
+            for task, found in validation.items()
+        },
+        "log_odds_per_point": {
+            task: round(float(value), 3) for task, value in zip(TASKS, slopes, strict=True)
         },
         "held_out": _held_out(heads, held_out),
         "training_scores": _score_summary(heads, training),

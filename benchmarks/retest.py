@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", help="a running server; by default the embedded one is started")
     parser.add_argument("--prompts", type=Path, help="JSONL with `prompt`; default: the demo's")
+    parser.add_argument("--split", default="test", help="rows of another `split` are left out")
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--n", type=int, help="rollouts per round (default: configured)")
     parser.add_argument("--n-max", type=int, help="rollouts at most (default: configured)")
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write both diagnoses here as JSONL")
     args = parser.parse_args()
-    prompts = choose_prompts(args.prompts, args.limit)
+    prompts = choose_prompts(args.prompts, args.split, args.limit)
     with ExitStack() as stack:
         url = args.url or stack.enter_context(served("embedded"))
         draws = [
@@ -53,9 +54,9 @@ def main() -> None:
         print(line)
 
 
-def choose_prompts(path: Path | None, limit: int) -> list[str]:
+def choose_prompts(path: Path | None, split: str, limit: int) -> list[str]:
     """Prompts of a file, evenly spread over it when there are more than ``limit``."""
-    rows = read_prompts(path or DEMO_PROMPTS)
+    rows = [row for row in read_prompts(path or DEMO_PROMPTS) if row.get("split", split) == split]
     step = max(1, len(rows) // limit)
     return [row["prompt"] for row in rows[::step]][:limit]
 

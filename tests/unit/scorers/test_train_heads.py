@@ -13,7 +13,15 @@ import pytest
 
 from actors import head_features
 from actors.head_data import Group, PairSet, read_task
-from actors.head_fit import Pairs, accuracy, cross_validate, fit, folds, make_pairs
+from actors.head_fit import (
+    Pairs,
+    accuracy,
+    confidence,
+    cross_validate,
+    fit,
+    folds,
+    make_pairs,
+)
 from actors.head_weights import load_heads
 from actors.heads import HeadScorer
 from actors.train_heads import main
@@ -209,8 +217,23 @@ def test_cross_validation_of_noise_is_chance() -> None:
     noise = Pairs(
         random.normal(size=(300, 400)), pairs.weights, pairs.group, pairs.cluster, pairs.kind
     )
-    found = cross_validate(noise, np.ones(400), 0.1, test_kinds=["k"])["k"]
+    found = cross_validate(noise, np.ones(400), 0.1, test_kinds=["k"])["k"].accuracy
     assert abs(found.value - 0.5) < 4 * found.error
+
+
+def test_calibration_tells_honest_probabilities_from_overconfident_ones() -> None:
+    random = np.random.default_rng(0)
+    size = 20_000
+    margins = random.normal(scale=1.5, size=size)
+    holds = random.random(size) < 1 / (1 + np.exp(-np.abs(margins)))
+    honest = np.where(holds, np.abs(margins), -np.abs(margins))
+    names = np.array([f"c{i}" for i in range(size)])
+    pairs = Pairs(
+        np.zeros((size, 1)), np.ones(size), np.arange(size), names, np.array(["k"] * size)
+    )
+    assert confidence(honest, pairs).error < 0.02
+    assert confidence(4 * honest, pairs).error > 0.1
+    assert sum(item.num_pairs for item in confidence(honest, pairs).bins) == size
 
 
 def test_groups_count_once_and_ties_count_half() -> None:
