@@ -53,6 +53,7 @@ def create_app(deps: Deps) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
+        redirect_slashes=False,
     )
     app.state.context = build_context(deps)
     for router in ROUTERS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from mora_serve.config import Settings
+from mora_serve.config import PolicySettings, Settings
 from mora_serve.errors import InvalidRequestError
 from mora_serve.presampling import Plan
 from mora_serve.requests import (
@@ -23,6 +23,7 @@ from mora_serve.requests import (
 )
 from mora_serve.rewrite_flow import RewriteOptions
 from mora_serve.types import Dimension, Messages
+from mora_serve.validation import shown
 
 T = TypeVar("T")
 
@@ -58,14 +59,7 @@ class Planner:
         n = default(request.n, defaults.n)
         n_max = default(request.n_max, max(n, defaults.n_max))
         max_tokens = default(request.max_tokens, defaults.max_tokens)
-        limit = self._settings.policy.max_model_len - 1
-        if max_tokens > limit:
-            raise InvalidRequestError(
-                f"max_tokens must be at most {limit}, the policy's context less one, "
-                f"got {max_tokens}",
-                "max_tokens",
-                "invalid_value",
-            )
+        check_max_tokens(max_tokens, self._settings.policy)
         return Plan(
             n=min(n, n_max),
             n_max=n_max,
@@ -121,6 +115,18 @@ class Planner:
                 return
         if first is not None:
             raise first
+
+
+def check_max_tokens(max_tokens: int, policy: PolicySettings, param: str = "max_tokens") -> None:
+    """Raise ``InvalidRequestError`` naming ``param`` for more tokens than any answer can have."""
+    limit = policy.max_model_len - 1
+    if max_tokens > limit:
+        raise InvalidRequestError(
+            f"{param} must be at most {limit}, the policy's context less one, "
+            f"got {shown(str(max_tokens))}",
+            param,
+            "invalid_value",
+        )
 
 
 def default(value: T | None, fallback: T) -> T:

@@ -276,6 +276,14 @@ def parse_batch_row(line: bytes | str, endpoint: str) -> BatchRow:
     return BatchRow(row["custom_id"], endpoint, parse_body(endpoint, row["body"], prefix="body."))
 
 
+def in_body(error: InvalidRequestError) -> InvalidRequestError:
+    """``error`` of a row's body as the row's: its field and message begin with ``body.``."""
+    if error.param is None:
+        return error
+    separator = "" if error.message.startswith(error.param) else f"{error.param}: "
+    return type(error)(f"body.{separator}{error.message}", f"body.{error.param}", error.code)
+
+
 def custom_id_of(line: bytes | str) -> str | None:
     """The ``custom_id`` of a line however broken the rest is, or ``None`` when it has none."""
     try:

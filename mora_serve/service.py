@@ -44,6 +44,7 @@ from mora_serve.requests import (
     SamplingBody,
     ScoreRow,
     ScoresRequest,
+    in_body,
     to_messages,
 )
 from mora_serve.rewrite_flow import RewriteFlow
@@ -296,8 +297,16 @@ class MoraService:
     async def run_row(self, request: MoraRequest) -> RowResult:
         """One batch row; rollouts are left out unless asked for. Raises as the calls above.
 
-        A retryable fault of any prompt raises, so that the row is tried again as a whole.
+        A retryable fault of any prompt raises, so that the row is tried again as a whole. What is
+        wrong with the row is named from its ``body`` on, as :func:`~mora_serve.requests.parse_body`
+        names it there.
         """
+        try:
+            return await self._run_row(request)
+        except InvalidRequestError as error:
+            raise in_body(error) from error
+
+    async def _run_row(self, request: MoraRequest) -> RowResult:
         if isinstance(request, ScoresRequest):
             return RowResult(await self.score_list(request))
         if isinstance(request, RewriteRequest):
@@ -323,7 +332,11 @@ class MoraService:
 
 
 def _outcome_json(item: _Outcome, *, include_rollouts: bool) -> JSON:
-    error = None if item.error is None else wire.invalid_json(item.error)
+    error = None
+    if item.error is not None:
+        error = wire.invalid_json(item.error)
+    elif item.diagnostic.error is not None:
+        error = wire.failure_json(item.diagnostic.error, f"prompts.{item.index}")
     return wire.diagnostic_json(
         item.diagnostic, item.index, include_rollouts=include_rollouts, error=error
     )
@@ -335,11 +348,10 @@ def _raise_if_all_failed(items: Sequence[JSON]) -> None:
     errors = [item["error"] for item in items]
     error = next((e for e in errors if e["type"] == "server_error"), errors[0])
     failure = Failure(error["code"], error["message"], error["type"] == "server_error")
-    param = error["param"] or f"prompts.{errors.index(error)}"
-    raise _as_request_error(failure, param)
+    raise _as_request_error(failure, error["param"])
 
 
-def _as_request_error(failure: Failure, param: str) -> Exception:
+def _as_request_error(failure: Failure, param: str | None) -> Exception:
     if failure.code == "overloaded":
         return OverloadedError(failure.message, RETRY_AFTER_S)
     if failure.code == "scoring_failed":

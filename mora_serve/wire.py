@@ -69,10 +69,14 @@ def rollout_json(rollout: Rollout, *, sampled: bool = True) -> JSON:
     }
 
 
-def failure_json(failure: Failure) -> JSON:
-    """The ``error`` of one prompt, in the inner shape of OpenAI's envelope."""
+def failure_json(failure: Failure, param: str | None = None) -> JSON:
+    """The ``error`` of one prompt, in the inner shape of OpenAI's envelope.
+
+    ``param`` is the request's field that holds the prompt; what infrastructure did names none.
+    """
     kind = "server_error" if failure.retryable else "invalid_request_error"
-    return {"message": failure.message, "type": kind, "param": None, "code": failure.code}
+    named = None if failure.retryable else param
+    return {"message": failure.message, "type": kind, "param": named, "code": failure.code}
 
 
 def invalid_json(error: InvalidRequestError) -> JSON:

@@ -20,6 +20,7 @@ from api.schemas import ChatCompletion
 from api.streaming import SSE_DONE, Json, run_while_connected, sse_event, sse_response
 from mora_serve.errors import GenerationError, InvalidRequestError, NotFoundError
 from mora_serve.identity import new_id
+from mora_serve.planning import check_max_tokens
 from mora_serve.ports import CompletionDelta
 from mora_serve.requests import to_messages
 from mora_serve.types import Failure, Generation, GenerationRequest, Sampling
@@ -43,7 +44,9 @@ async def create_chat_completion(request: Request, context: ContextArg) -> Respo
 def generation_request(body: ChatRequest, deps: Deps) -> GenerationRequest:
     """The port's request; null fields take the configured defaults, ``n`` is 1."""
     defaults = deps.settings.sampling
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     limit = body.max_completion_tokens or body.max_tokens or defaults.max_tokens
+    check_max_tokens(limit, deps.settings.policy, name)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     sampling = Sampling(
         n=body.n or 1,
@@ -64,8 +67,13 @@ def _generation(result: Generation | Failure, wanted: GenerationRequest) -> Gene
         raise unknown_model(wanted.model or "")
     if result.retryable:
         raise GenerationError(result.message)
-    param = "messages" if result.code == "context_length_exceeded" else None
-    raise InvalidRequestError(result.message, param, result.code)
+    raise _refused(result.message, result.code)
+
+
+def _refused(message: str, code: str | None) -> InvalidRequestError:
+    """What the generator has against a request, naming the field that it means."""
+    param = "messages" if code == "context_length_exceeded" else None
+    return InvalidRequestError(message, param, code)
 
 
 def completion_object(generation: Generation) -> dict[str, Any]:
@@ -111,6 +119,8 @@ async def _stream(
         first = await run_while_connected(request, _first(chunks))
     except NotFoundError:
         raise unknown_model(wanted.model or "") from None
+    except InvalidRequestError as error:
+        raise _refused(error.message, error.code) from None
     disconnects = context.deps.metrics.disconnects
     return sse_response(_prepend(first, chunks), on_disconnect=disconnects.inc)
 

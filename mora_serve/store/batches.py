@@ -57,7 +57,7 @@ class LedgerBatches:
         """The file object and its blob key."""
         found = await self._steps.get_file(file_id)
         if found is None:
-            raise no_such("file", file_id, "file_id")
+            raise no_such("file", file_id, "file_id", "file_not_found")
         return found
 
     async def list_files(
@@ -84,7 +84,7 @@ class LedgerBatches:
                 )
         blob = await self._steps.delete_file(file_id)
         if blob is None:
-            raise no_such("file", file_id, "file_id")
+            raise no_such("file", file_id, "file_id", "file_not_found")
         if "://" not in blob:
             await self._blobs.delete(blob)
 
@@ -133,7 +133,7 @@ class LedgerBatches:
     async def cancel_batch(self, batch_id: str) -> dict[str, Any]:
         """Ask for cancellation; what is done is kept, a finished batch is returned unchanged."""
         if not await self._steps.cancel(batch_id):
-            raise no_such("batch", batch_id, "batch_id")
+            raise no_such("batch", batch_id, "batch_id", "batch_not_found")
         return await self.get_batch(batch_id)
 
     async def progress(self, batch_id: str) -> dict[str, Any]:
@@ -235,5 +235,5 @@ class LedgerBatches:
     async def _state(self, batch_id: str) -> BatchState:
         state = await self._steps.get_state(batch_id)
         if state is None:
-            raise no_such("batch", batch_id, "batch_id")
+            raise no_such("batch", batch_id, "batch_id", "batch_not_found")
         return state

@@ -110,7 +110,7 @@ class MemoryJobs:
 
     async def set_current_policy(self, version_id: str) -> int:
         if version_id not in self._policies:
-            raise no_such("policy", version_id, "model")
+            raise no_such("policy", version_id, "model", "policy_not_found")
         known, epoch = self._current or ("", 0)
         if known != version_id:
             self._current = (version_id, epoch + 1)
@@ -119,7 +119,9 @@ class MemoryJobs:
 
     def _job(self, job_id: str) -> dict[str, Any]:
         if job_id not in self._jobs:
-            raise no_such("fine-tuning job", job_id, "fine_tuning_job_id")
+            raise no_such(
+                "fine-tuning job", job_id, "fine_tuning_job_id", "fine_tuning_job_not_found"
+            )
         return self._jobs[job_id]
 
 

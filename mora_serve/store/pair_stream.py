@@ -48,7 +48,7 @@ class LedgerPairs:
                 return rows[after + 1 - part.first :][:limit]
             state = await self._steps.get_state(batch_id)
             if state is None:
-                raise no_such("batch", batch_id, "batch_id")
+                raise no_such("batch", batch_id, "batch_id", "batch_not_found")
             if after + 1 >= state.pairs:
                 return []
         raise StorageError(f"pair {after + 1} of {batch_id} must be in the tail or in a part")
@@ -57,7 +57,7 @@ class LedgerPairs:
         """True when the batch is closed: no further pair can appear."""
         state = await self._steps.get_state(batch_id)
         if state is None:
-            raise no_such("batch", batch_id, "batch_id")
+            raise no_such("batch", batch_id, "batch_id", "batch_not_found")
         return state.closed
 
     async def follow(self, batch_id: str, after: int = -1) -> AsyncIterator[dict[str, Any]]:
@@ -95,7 +95,7 @@ class LedgerPairs:
         while True:
             state = await self._steps.get_state(batch_id)
             if state is None:
-                raise no_such("batch", batch_id, "batch_id")
+                raise no_such("batch", batch_id, "batch_id", "batch_not_found")
             first, waiting = state.pairs_sealed, state.pairs - state.pairs_sealed
             if waiting == 0 or (waiting < PAIRS_PER_PART and not everything):
                 return

@@ -96,7 +96,7 @@ class RedisJobs:
     async def set_current_policy(self, version_id: str) -> int:
         epoch = int(await self._step("set_policy", version_id))
         if epoch < 0:
-            raise no_such("policy", version_id, "model")
+            raise no_such("policy", version_id, "model", "policy_not_found")
         return epoch
 
     async def _page(
@@ -115,7 +115,9 @@ class RedisJobs:
 
     def _found(self, job_id: str, flat: Any) -> dict[str, Any]:
         if not flat:
-            raise no_such("fine-tuning job", job_id, "fine_tuning_job_id")
+            raise no_such(
+                "fine-tuning job", job_id, "fine_tuning_job_id", "fine_tuning_job_not_found"
+            )
         return _decode(flat)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from mora_serve.errors import ConflictError, LeaseLostError, NotFoundError
 from mora_serve.ports import Lease
 from mora_serve.store.steps import BatchState
+from mora_serve.validation import shown
 
 STAMPS = (
     "in_progress_at", "finalizing_at", "completed_at", "failed_at", "expired_at",
@@ -57,9 +58,9 @@ def json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
     )
 
 
-def no_such(kind: str, object_id: str, param: str) -> NotFoundError:
-    """The error for an id that is not stored."""
-    return NotFoundError(f"No {kind} found with id '{object_id}'.", param, f"{kind}_not_found")
+def no_such(kind: str, object_id: str, param: str, code: str) -> NotFoundError:
+    """The error for an id that is not stored; ``kind`` is the noun its message uses."""
+    return NotFoundError(f"No {kind} found with id '{shown(object_id)}'.", param, code)
 
 
 def lease_lost(lease: Lease) -> LeaseLostError:
@@ -72,7 +73,7 @@ def lease_lost(lease: Lease) -> LeaseLostError:
 
 def bad_cursor(after: str) -> NotFoundError:
     """The error for a page cursor that names nothing."""
-    return NotFoundError(f"after must be the id of a listed object, got '{after}'", "after")
+    return NotFoundError(f"after must be the id of a listed object, got '{shown(after)}'", "after")
 
 
 def idempotency_conflict() -> ConflictError:

@@ -175,7 +175,8 @@ async def test_bad_prompts_fail_alone_with_a_code() -> None:
     assert codes == [
         None, "empty_prompt", "context_length_exceeded", "generation_failed", None
     ]  # fmt: skip
-    assert result["data"][1]["error"]["param"] == "prompts.1"
+    params = [item["error"] and item["error"]["param"] for item in result["data"]]
+    assert params == [None, "prompts.1", "prompts.2", "prompts.3", None]
     assert result["aggregate"]["num_failed"] == 3
 
 
@@ -212,6 +213,7 @@ async def test_a_request_whose_engine_is_gone_says_so(
     (item, _) = [item async for item in broken.diagnose(diagnostics(["Why?"]))]
     assert item["status"] == "failed"
     assert item["error"]["type"] == "server_error"
+    assert item["error"]["param"] is None
 
 
 async def test_a_lost_scorer_is_a_scoring_error() -> None:
@@ -378,3 +380,23 @@ async def test_a_batch_row_with_a_retryable_fault_is_tried_again_as_a_whole() ->
         await service(FakeGenerator(fail=flaky)).run_row(diagnostics(QUESTIONS[:3]))
     result = await service().run_row(diagnostics(["Why?", ""]))
     assert [item["status"] for item in result.body["data"]] == ["ok", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "start"),
+    [
+        ({"prompts": [" "]}, "body.prompts.0", "body.prompts.0 must not be empty"),
+        ({"prompts": [LONG]}, "body.prompts.0", "body.prompts.0: prompt must leave room"),
+        ({"prompts": ["a"], "model": "nope"}, "body.model", "body.model must be one of"),
+        ({"prompts": ["a"], "dimensions": ["kind"]}, "body.dimensions.0",
+         "body.dimensions.0 must be one of"),
+        ({"prompts": ["a"], "max_tokens": 10**6}, "body.max_tokens", "body.max_tokens must be"),
+    ],
+)  # fmt: skip
+async def test_faults_of_a_batch_row_are_named_from_its_body_on(
+    fields: dict[str, Any], param: str, start: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        await service().run_row(diagnostics(**fields))
+    assert caught.value.param == param
+    assert caught.value.message.startswith(start)

@@ -69,6 +69,13 @@ LONG = "word " * 2000
         (REWRITES, {"prompt": LONG}, 400, "prompt", "context_length_exceeded"),
         (CHAT, {"messages": [{"role": "user", "content": LONG}]}, 400, "messages",
          "context_length_exceeded"),
+        (CHAT, {"messages": [{"role": "user", "content": LONG}], "stream": True}, 400, "messages",
+         "context_length_exceeded"),
+        # more tokens than the context holds
+        (DIAGNOSTICS, {"prompts": ["a"], "max_tokens": 10**9}, 400, "max_tokens", "invalid_value"),
+        (CHAT, {"messages": HELLO, "max_tokens": 10**9}, 400, "max_tokens", "invalid_value"),
+        (CHAT, {"messages": HELLO, "max_completion_tokens": 10**9, "stream": True}, 400,
+         "max_completion_tokens", "invalid_value"),
         # unknown dimension
         (DIAGNOSTICS, {"prompts": ["a"], "dimensions": ["kind"]}, 400, "dimensions.0",
          "unknown_dimension"),
@@ -215,6 +222,7 @@ async def test_one_bad_prompt_among_many_fails_alone(client: httpx.AsyncClient) 
     assert [item["status"] for item in data] == ["ok", "failed", "failed", "ok"]
     assert data[1]["error"]["code"] == "empty_prompt"
     assert data[2]["error"]["code"] == "context_length_exceeded"
+    assert [item["error"]["param"] for item in data[1:3]] == ["prompts.1", "prompts.2"]
 
 
 @pytest.mark.parametrize(
@@ -232,10 +240,13 @@ async def test_one_bad_prompt_among_many_fails_alone(client: httpx.AsyncClient) 
         ("GET", "/v1/batches/batch_x/pairs", 404, "batch_not_found"),
         ("GET", "/v1/batches/batch_x/pairs?follow=true", 404, "batch_not_found"),
         ("GET", "/v1/batches/batch_x/events", 404, "batch_not_found"),
-        ("GET", "/v1/fine_tuning/jobs/x", 404, None),
-        ("GET", "/v1/fine_tuning/jobs/x/events", 404, None),
-        ("GET", "/v1/fine_tuning/jobs/x/events?stream=true", 404, None),
-        ("GET", "/v1/fine_tuning/jobs/x/checkpoints", 404, None),
+        ("GET", "/v1/files/", 404, "unknown_url"),
+        ("GET", "/readyz/", 404, "unknown_url"),
+        ("POST", "/v1/diagnostics/", 404, "unknown_url"),
+        ("GET", "/v1/fine_tuning/jobs/x", 404, "fine_tuning_job_not_found"),
+        ("GET", "/v1/fine_tuning/jobs/x/events", 404, "fine_tuning_job_not_found"),
+        ("GET", "/v1/fine_tuning/jobs/x/events?stream=true", 404, "fine_tuning_job_not_found"),
+        ("GET", "/v1/fine_tuning/jobs/x/checkpoints", 404, "fine_tuning_job_not_found"),
         ("GET", "/v1/batches?limit=0", 400, "invalid_value"),
         ("GET", "/v1/batches?limit=many", 400, "invalid_type"),
         ("GET", "/v1/batches/b/pairs?after=x", 400, "invalid_type"),
@@ -243,13 +254,12 @@ async def test_one_bad_prompt_among_many_fails_alone(client: httpx.AsyncClient) 
     ],
 )
 async def test_bad_url_is_refused_with_the_envelope(
-    client: httpx.AsyncClient, method: str, url: str, status: int, code: str | None
+    client: httpx.AsyncClient, method: str, url: str, status: int, code: str
 ) -> None:
     response = await client.request(method, url)
 
     assert response.status_code == status, response.text
-    error = error_of(response)
-    assert code is None or error["code"] == code
+    assert error_of(response)["code"] == code
 
 
 async def test_cursor_that_names_nothing_is_refused(client: httpx.AsyncClient) -> None:
