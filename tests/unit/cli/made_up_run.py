@@ -70,7 +70,7 @@ def made_up_run() -> Collected:
         "row-4": rewrite_result("unknown"),
     }
     prompts = [NASTY, *(f"Question {index}?" for index in range(1, 6))]
-    kinds = ["how-to", "how-to", "factual", "factual", "borderline", "borderline"]
+    kinds = ["benign", "benign", "factual", "factual", "borderline", "borderline"]
     rows = [
         {"id": f"row-{i}", "kind": kind, "prompt": prompt}
         for i, (kind, prompt) in enumerate(zip(kinds, prompts, strict=True))
