@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -82,8 +84,7 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
                     print_round(number, figures)
             after = counters(url)
         finally:
-            offline.terminate()
-            offline.wait()
+            stop(offline)
     return summarise(rounds, {name: after[name] - before[name] for name in COUNTERS})
 
 
@@ -144,12 +145,19 @@ def start_offline(settings: Settings) -> subprocess.Popen[str]:
     child = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.offline"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env=env,
+        env=env, start_new_session=True,
     )  # fmt: skip
     assert child.stdout is not None
     if child.stdout.readline().strip() != "ready":
         raise SystemExit("the offline engine did not start")
     return child
+
+
+def stop(child: subprocess.Popen[str]) -> None:
+    """End the offline engine with the processes it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def ask(child: subprocess.Popen[str], job: dict[str, Any]) -> dict[str, float]:
