@@ -15,7 +15,7 @@ from api.middleware import Authentication, BodyLimits, RequestContext
 from api.openapi import install_openapi
 from api.routes import batches, chat, files, fine_tuning, health, method, models
 from api.schemas import ErrorResponse
-from api.streaming import CLIENT_CLOSED_REQUEST, ClientGoneError
+from api.streaming import CLIENT_CLOSED_REQUEST, CLIENT_GONE, ClientGoneError
 from mora_serve import __version__
 from mora_serve.requests import BODIES
 
@@ -66,8 +66,8 @@ def create_app(deps: Deps) -> FastAPI:
     app.add_middleware(RequestContext, metrics=deps.metrics, sets_request_id=deps.sets_request_id)
     install_error_handlers(app)
 
-    async def on_gone(_: Request, __: Exception) -> Response:
-        deps.metrics.disconnects.inc()
+    async def on_gone(request: Request, _: Exception) -> Response:
+        request.scope[CLIENT_GONE] = True
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     app.add_exception_handler(ClientGoneError, on_gone)

@@ -6,6 +6,7 @@ wrap ``receive`` and ``send`` and never buffer a body or a response.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import re
 import secrets
@@ -23,6 +24,7 @@ from api.errors import (
     problem_of,
     problem_of_exception,
 )
+from api.streaming import CLIENT_GONE
 from api.telemetry import GatewayMetrics
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/metrics"})
@@ -63,6 +65,10 @@ class RequestContext:
         self._metrics.in_flight.inc()
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            # How Serve tells of a client that left; it does so before, or instead of, a message.
+            scope[CLIENT_GONE] = True
+            raise
         except Exception as error:
             if status:
                 raise
@@ -70,6 +76,8 @@ class RequestContext:
             await envelope_response(problem)(scope, receive, send_with_id)
         finally:
             self._metrics.in_flight.dec()
+            if scope.get(CLIENT_GONE):
+                self._metrics.disconnects.inc()
             route = getattr(scope.get("route"), "path", "unmatched")
             self._metrics.requests.labels(scope["method"], route, str(status or 499)).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - started)

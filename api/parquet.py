@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,34 @@ from typing import Any
 from starlette.background import BackgroundTask
 from starlette.responses import FileResponse
 
+from api.streaming import NDJSON
+
 PARQUET = "application/vnd.apache.parquet"
+_QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
 ROWS_PER_GROUP = 2048
+
+
+def prefers_parquet(accept: str) -> bool:
+    """Whether an ``Accept`` header names Parquet, and NDJSON at no higher quality.
+
+    Wildcards mean NDJSON, which is what there is from the first pair on.
+    """
+    qualities = dict(_media_range(part) for part in accept.split(","))
+    wanted = qualities.get(PARQUET, 0.0)
+    return wanted > 0 and wanted >= qualities.get(NDJSON, 0.0)
+
+
+def _media_range(text: str) -> tuple[str, float]:
+    """One element of ``Accept`` with its quality (RFC 9110, 12.5.1); 0 for one that is broken."""
+    media, *parameters = (part.strip().lower() for part in text.split(";"))
+    quality = 1.0
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            match = _QUALITY.fullmatch(value.strip())
+            quality = float(value) if match else 0.0
+    return media, quality
 
 
 def pair_schema(dimensions: Sequence[str]) -> Any:

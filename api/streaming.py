@@ -28,6 +28,10 @@ CLIENT_CLOSED_REQUEST = 499
 """Status (nginx's convention) recorded for a request whose client left; nobody receives it."""
 
 
+CLIENT_GONE = "mora_client_gone"
+"""Key in a request's scope, set where the client was seen leaving before its answer was whole."""
+
+
 class ClientGoneError(Exception):
     """The client disconnected before the answer was ready."""
 
@@ -77,7 +81,6 @@ class StreamResponse(Response):
         *,
         on_error: Callable[[Mapping[str, Any]], bytes] | None = None,
         headers: Mapping[str, str] | None = None,
-        on_disconnect: Callable[[], None] | None = None,
     ) -> None:
         # No Content-Length: Response computes one from content, so the headers are set by hand.
         self.status_code = 200
@@ -92,7 +95,6 @@ class StreamResponse(Response):
         ]
         self._source = source
         self._on_error = on_error
-        self._on_disconnect = on_disconnect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = asyncio.ensure_future(self._send_all(scope, send))
@@ -101,8 +103,8 @@ class StreamResponse(Response):
             await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if sender.done():
                 sender.result()
-            elif self._on_disconnect is not None:
-                self._on_disconnect()
+            else:
+                scope[CLIENT_GONE] = True
         finally:
             await _cancel(watcher)
             await _cancel(sender)

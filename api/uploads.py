@@ -14,9 +14,12 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from api.errors import BodyTooLargeError
 from mora_serve.errors import InvalidRequestError
+from mora_serve.validation import shown
 
+FIELDS = frozenset({"file", "purpose"})
+"""Every field an upload may have; one that would be ignored is refused by name."""
 MAX_FIELD_BYTES = 4096
-MAX_FIELDS = 16
+MAX_HEADERS = 16
 MAX_HEADER_BYTES = 8192
 
 
@@ -116,12 +119,16 @@ class Upload:
         name = self._header_name.decode("latin-1").lower()
         self._headers[name] = self._header_value
         self._header_name = self._header_value = b""
-        self._bound(len(self._headers), MAX_FIELDS)
+        self._bound(len(self._headers), MAX_HEADERS)
 
     def _on_headers_finished(self) -> None:
         _, options = parse_options_header(self._headers.get("content-disposition", b""))
         self._name = options.get(b"name", b"").decode("utf-8", "replace")
-        self._bound(len(self.fields), MAX_FIELDS)
+        if self._name not in FIELDS:
+            name = shown(self._name)
+            raise InvalidRequestError(
+                f"{name} is not a field of this request", name or None, "unknown_parameter"
+            )
         self._in_file = self._name == "file"
         if self._in_file:
             if self.filename is not None:

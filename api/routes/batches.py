@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
@@ -12,7 +13,7 @@ from starlette.responses import Response
 from api.bodies import BatchRequest, parse, read_json, window_seconds
 from api.deps import Deps, DepsArg
 from api.openapi import json_body
-from api.parquet import PARQUET, parquet_response
+from api.parquet import PARQUET, parquet_response, prefers_parquet
 from api.routes.paging import AfterArg, LimitArg, page, referenced
 from api.schemas import Batch, BatchEvent, Page
 from api.streaming import Json, ndjson_line, ndjson_response, sse_event, sse_response
@@ -117,7 +118,7 @@ async def read_pairs(  # noqa: PLR0917  FastAPI passes keywords
 ) -> Response:
     """Preference rows in ascending ``seq`` above ``after``; ``follow`` waits for further ones."""
     batch = await deps.stores.batches.get_batch(batch_id)
-    if "parquet" in request.headers.get("accept", ""):
+    if prefers_parquet(request.headers.get("accept", "")):
         if batch["status"] not in TERMINAL:
             raise ConflictError(
                 f"Pairs are available as Parquet once the batch is finished; it is "
@@ -125,16 +126,16 @@ async def read_pairs(  # noqa: PLR0917  FastAPI passes keywords
                 None,
                 "batch_not_finished",
             )
-        rows = _pairs(deps, batch_id, after, follow=False)
+        rows = _at_most(_pairs(deps, batch_id, after, follow=False), limit)
         name = f"{batch_id}-pairs.parquet"
         return await parquet_response(rows, name, deps.settings.dimensions)
-    lines = _pair_lines(_pairs(deps, batch_id, after, follow), limit)
-    return ndjson_response(lines, on_disconnect=deps.metrics.disconnects.inc)
+    lines = _pair_lines(_at_most(_pairs(deps, batch_id, after, follow), limit))
+    return ndjson_response(lines)
 
 
 async def _pairs(
     deps: Deps, batch_id: str, after: int, follow: bool
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     if follow:
         async for pair in deps.stores.pairs.follow(batch_id, after):
             yield pair
@@ -145,15 +146,22 @@ async def _pairs(
         after = rows[-1]["seq"]
 
 
-async def _pair_lines(
-    pairs: AsyncIterator[dict[str, Any]], limit: int | None
-) -> AsyncIterator[bytes]:
+async def _at_most(
+    pairs: AsyncGenerator[dict[str, Any], None], limit: int | None
+) -> AsyncGenerator[dict[str, Any], None]:
     count = 0
-    async for pair in pairs:
-        yield ndjson_line(pair)
-        count += 1
-        if count == limit:
-            return
+    async with aclosing(pairs) as open_pairs:
+        async for pair in open_pairs:
+            yield pair
+            count += 1
+            if count == limit:
+                return
+
+
+async def _pair_lines(pairs: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[bytes]:
+    async with aclosing(pairs) as open_pairs:
+        async for pair in open_pairs:
+            yield ndjson_line(pair)
 
 
 @router.get(
@@ -164,9 +172,7 @@ async def _pair_lines(
 async def batch_events(batch_id: str, deps: DepsArg) -> Response:
     """Server-sent progress: one event at once, one per change, and a last one when it is over."""
     first = await deps.stores.batches.progress(batch_id)
-    return sse_response(
-        _progress_events(deps, batch_id, first), on_disconnect=deps.metrics.disconnects.inc
-    )
+    return sse_response(_progress_events(deps, batch_id, first))
 
 
 async def _progress_events(

@@ -121,8 +121,7 @@ async def _stream(
         raise unknown_model(wanted.model or "") from None
     except InvalidRequestError as error:
         raise _refused(error.message, error.code) from None
-    disconnects = context.deps.metrics.disconnects
-    return sse_response(_prepend(first, chunks), on_disconnect=disconnects.inc)
+    return sse_response(_prepend(first, chunks))
 
 
 async def _first(chunks: AsyncIterator[bytes]) -> bytes:

@@ -91,7 +91,14 @@ async def _check_model(deps: Deps, model: str) -> None:
 
 async def _check_training_file(deps: Deps, name: str) -> None:
     if not name.startswith(BATCH_PREFIXES):
-        await referenced(deps.stores.batches.get_file(name), "training_file")
+        file, _ = await referenced(deps.stores.batches.get_file(name), "training_file")
+        if file["purpose"] != "fine-tune":
+            raise InvalidRequestError(
+                f"training_file must name a file with purpose fine-tune or a batch, "
+                f"got purpose {file['purpose']}",
+                "training_file",
+                "invalid_file_purpose",
+            )
         return
     batch = await referenced(deps.stores.batches.get_batch(name), "training_file")
     if batch["endpoint"] != REWRITES_URL:
@@ -144,7 +151,7 @@ async def list_events(
     """Events, newest first; with ``stream`` server-sent in the order they happen, to the end."""
     if stream:
         await deps.stores.jobs.get_job(job_id)
-        return sse_response(_follow(deps, job_id), on_disconnect=deps.metrics.disconnects.inc)
+        return sse_response(_follow(deps, job_id))
     return Json(page(*await deps.stores.jobs.list_events(job_id, after=after, limit=limit)))
 
 

@@ -97,7 +97,7 @@ async def _stream(
     lines = _lines(context.prompts, permits, items)
     # The first step takes the permits, so that a full gateway still answers 429.
     await anext(lines)
-    return ndjson_response(lines, on_disconnect=context.deps.metrics.disconnects.inc)
+    return ndjson_response(lines)
 
 
 async def _lines(

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from api import schemas
 from api.app import create_app
 from api.deps import Deps
-from api.parquet import pair_schema
+from api.parquet import PARQUET, pair_schema, prefers_parquet
 from mora_serve.ports import Lease, RowCommit
 from tests.unit.api.conftest import error_of, make_client, make_deps
 
@@ -257,7 +257,9 @@ async def test_parquet_needs_a_finished_batch_and_has_one_schema(
     await runner.finish()
     response = await client.get(url, headers=headers)
     table = pq.read_table(io.BytesIO(response.content))
+    limited = await client.get(f"{url}?after=0&limit=1", headers=headers)
 
+    assert pq.read_table(io.BytesIO(limited.content)).column("seq").to_pylist() == [1]
     assert early.status_code == 409
     assert early.headers["x-should-retry"] == "false"
     assert response.status_code == 200
@@ -265,6 +267,28 @@ async def test_parquet_needs_a_finished_batch_and_has_one_schema(
     assert table.column("seq").to_pylist() == [0, 1, 2]
     assert table.column("stage").to_pylist() == [None, None, None]
     assert json.loads(table.column("provenance")[0].as_py())["strategy"] == "compose"
+
+
+@pytest.mark.parametrize(
+    ("accept", "parquet"),
+    [
+        (PARQUET, True),
+        (PARQUET.upper(), True),
+        (f"{PARQUET};q=0.5, */*;q=0.1", True),
+        (f"text/html, {PARQUET} ; q=1.0", True),
+        (f"{PARQUET};q=0", False),
+        (f"{PARQUET};q=0.000, application/x-ndjson", False),
+        (f"{PARQUET};q=high", False),
+        (f"{PARQUET};q=0.5, application/x-ndjson", False),
+        ("application/not-parquet", False),
+        ("application/*", False),
+        ("*/*", False),
+        ("", False),
+        (",;q", False),
+    ],
+)
+def test_parquet_is_sent_to_those_who_prefer_it(accept: str, parquet: bool) -> None:
+    assert prefers_parquet(accept) is parquet
 
 
 async def test_parquet_without_pairs_still_has_the_schema(

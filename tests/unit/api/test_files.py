@@ -113,6 +113,27 @@ async def test_broken_form_is_400_and_leaves_nothing_behind(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.parametrize("name", ["bogus", "expires_after[anchor]", "n" * 4000])
+@pytest.mark.parametrize("first", [True, False])
+async def test_field_that_would_be_ignored_is_refused_by_name(
+    tmp_path: Path, name: str, first: bool
+) -> None:
+    whole = form(ROW)
+    part = f'--{BOUNDARY}\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n1\r\n'.encode()
+    end = whole.rindex(f"--{BOUNDARY}--".encode())
+    content = part + whole if first else whole[:end] + part + whole[end:]
+    deps = blob_deps(tmp_path)
+    async with make_client(create_app(deps)) as client:
+        response = await client.post("/v1/files", content=content, headers=FORM)
+
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["code"] == "unknown_parameter"
+    assert error["param"][:80] == name[:80]
+    assert len(error["message"]) < 150
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 async def test_form_without_boundary_is_400(client: httpx.AsyncClient) -> None:
     response = await client.post(
         "/v1/files", content=b"x", headers={"content-type": "multipart/form-data"}

@@ -85,6 +85,16 @@ async def test_batch_without_pairs_cannot_be_trained_on(client: httpx.AsyncClien
     assert error_of(response)["param"] == "training_file"
 
 
+async def test_file_for_another_purpose_cannot_be_trained_on(client: httpx.AsyncClient) -> None:
+    file_id = await upload(client, "batch")
+
+    response = await client.post(JOBS, json={"model": MODEL, "training_file": file_id})
+
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["param"], error["code"]) == ("training_file", "invalid_file_purpose")
+
+
 async def test_any_published_version_can_be_trained_further(
     client: httpx.AsyncClient, deps: Deps
 ) -> None:

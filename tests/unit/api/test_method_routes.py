@@ -257,6 +257,26 @@ async def test_client_that_disconnects_frees_its_generation(url: str, body: dict
     assert "mora_gateway_disconnects_total 1.0" in deps.metrics.text()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_cancelled_request_counts_as_a_client_that_left(stream: bool) -> None:
+    """Ray Serve cancels the application instead of sending ``http.disconnect``."""
+    generator = WaitingGenerator()
+    deps = make_deps(generator=generator)
+    app, never = create_app(deps), asyncio.Event()
+    body = {"prompts": ["a"], "stream": stream}
+
+    call = asyncio.create_task(_disconnecting_call(app, "/v1/diagnostics", body, never))
+    async with asyncio.timeout(5):
+        await generator.started.wait()
+        call.cancel()
+        await generator.cancelled.wait()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    assert app.state.context.prompts.in_use == 0
+    assert "mora_gateway_disconnects_total 1.0" in deps.metrics.text()
+
+
 async def test_fault_in_the_middle_of_a_stream_is_its_last_line() -> None:
     class FailsLater(FakeGenerator):
         async def generate(
