@@ -136,9 +136,9 @@ class ServeGenerator:
         finally:
             response.cancel()
 
-    async def models(self) -> list[str]:
+    async def models(self, wanted: str | None = None) -> list[str]:
         async def attempt() -> list[str]:
-            names: list[str] = await call(self._handle.models, unavailable=GenerationError)
+            names: list[str] = await call(self._handle.models, wanted, unavailable=GenerationError)
             return names
 
         return await retrying(attempt, GenerationError, self._max_tries)

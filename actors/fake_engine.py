@@ -37,8 +37,8 @@ class FakeEngine:
     def stream(self, request: GenerationRequest) -> AsyncIterator[CompletionDelta]:
         return self._generator.stream(request)
 
-    async def models(self) -> list[str]:
-        return await self._generator.models()
+    async def models(self, wanted: str | None = None) -> list[str]:
+        return await self._generator.models(wanted)
 
     def _serving(self, models: Sequence[str]) -> FakeGenerator:
         return FakeGenerator(

@@ -5,8 +5,12 @@ versions that the job store lists::
 
     JobStore --poll--> watcher --publish(versions, current)--> engine --> models(), default version
 
-and it dies with its engine: when the engine is gone, the health check raises and the process exits,
-so that Serve starts a new replica and no retry meets a corpse.
+A request that names a version which is not served makes the replica look into the store at once,
+so a version can be sampled from the moment it is published. Such requests wait for one look that
+begins after they came, and share it; changes of the served versions happen one at a time.
+
+The replica dies with its engine: when the engine is gone, the health check raises and the process
+exits, so that Serve starts a new replica and no retry meets a corpse.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -89,6 +93,10 @@ class GeneratorReplica:
         self._exit_process = exit_process
         self._seen: tuple[str, tuple[PolicyVersion, ...]] | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._changing = asyncio.Lock()
+        self._next_look: asyncio.Task[None] | None = None
+        """A look into the store that has not begun: who asks now may share it."""
+        self._looks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Load the engine, serve the versions known now, and watch for new ones."""
@@ -101,10 +109,13 @@ class GeneratorReplica:
     async def stop(self) -> None:
         if self._watcher is not None:
             self._watcher.cancel()
+        for look in self._looks:
+            look.cancel()
         await self._engine.stop()
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation | Failure]:
         with self._tracked(len(requests)):
+            await self._look_for(request.model for request in requests)
             try:
                 results = await self._engine.generate(requests)
             except GenerationError:
@@ -115,10 +126,12 @@ class GeneratorReplica:
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[CompletionDelta, None]:
         with self._tracked(1):
+            await self._look_for([request.model])
             async for delta in self._engine.stream(request):
                 yield delta
 
-    async def models(self) -> list[str]:
+    async def models(self, wanted: str | None = None) -> list[str]:
+        await self._look_for([wanted])
         return await self._engine.models()
 
     async def check_health(self) -> None:
@@ -157,6 +170,10 @@ class GeneratorReplica:
 
     async def refresh(self) -> None:
         """Read the policy versions once and publish them to the engine if they changed."""
+        async with self._changing:
+            await self._refresh()
+
+    async def _refresh(self) -> None:
         assert self._policies is not None
         try:
             listed = await self._policies.list_policies()
@@ -198,7 +215,21 @@ class GeneratorReplica:
 
     async def _try_refresh(self) -> None:
         """A version that cannot be loaded costs nothing but itself; it is tried again."""
-        try:
-            await self.refresh()
-        except GenerationError as error:
-            logger.error("a policy version could not be loaded: %s", error)
+        async with self._changing:
+            self._next_look = None
+            try:
+                await self._refresh()
+            except GenerationError as error:
+                logger.error("a policy version could not be loaded: %s", error)
+
+    async def _look_for(self, names: Iterable[str | None]) -> None:
+        """Return once the named versions are served, as far as the store has them."""
+        wanted = {name for name in names if name is not None}
+        if self._policies is None or wanted.issubset(await self._engine.models()):
+            return
+        if self._next_look is None:
+            # A task of its own: a caller that goes away must not cut a change of weights short.
+            self._next_look = asyncio.create_task(self._try_refresh())
+            self._looks.add(self._next_look)
+            self._next_look.add_done_callback(self._looks.discard)
+        await asyncio.shield(self._next_look)

@@ -151,7 +151,7 @@ class VllmGenerator:
 
     # --- policy versions --------------------------------------------------------------------------
 
-    async def models(self) -> list[str]:
+    async def models(self, wanted: str | None = None) -> list[str]:
         others = [self._weights.id, *self._adapters]
         return [self._current, *(name for name in others if name != self._current)]
 

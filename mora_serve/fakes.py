@@ -99,7 +99,7 @@ class FakeGenerator:
         """Make ``version`` the current policy; older ones stay listed."""
         self._models = [version, *(name for name in self._models if name != version)]
 
-    async def models(self) -> list[str]:
+    async def models(self, wanted: str | None = None) -> list[str]:
         return list(self._models)
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation | Failure]:

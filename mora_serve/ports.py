@@ -57,8 +57,12 @@ class Generator(Protocol):
         """Deltas of one request. Raises ``InvalidRequestError`` when the request is at fault."""
         ...
 
-    async def models(self) -> list[str]:
-        """Policy versions that can be sampled, the current one first."""
+    async def models(self, wanted: str | None = None) -> list[str]:
+        """Policy versions that can be sampled, the current one first.
+
+        ``wanted`` is a version that the caller asks for: one that was published but is not served
+        yet is loaded first.
+        """
         ...
 
 

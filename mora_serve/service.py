@@ -322,7 +322,7 @@ class MoraService:
         return RowResult(body, (), _batch_usage(body["usage"]), body["aggregate"]["classes"])
 
     async def _require_model(self, model: str) -> None:
-        known = await self._generator.models()
+        known = await self._generator.models(model)
         if model not in known:
             raise NotFoundError(
                 f"model must be one of {', '.join(known)}, got {model[:80]!r}",

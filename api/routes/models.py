@@ -24,7 +24,7 @@ async def list_models(deps: DepsArg) -> Response:
 @router.get("/{model:path}", response_model=Model)
 async def get_model(model: str, deps: DepsArg) -> Response:
     """One version."""
-    for item in await model_objects(deps):
+    for item in await model_objects(deps, model):
         if item["id"] == model:
             return Json(item)
     raise unknown_model(model)
@@ -39,9 +39,9 @@ def unknown_model(name: str) -> NotFoundError:
     )
 
 
-async def model_objects(deps: Deps) -> list[dict[str, Any]]:
+async def model_objects(deps: Deps, wanted: str | None = None) -> list[dict[str, Any]]:
     """OpenAI's Model objects; extensions say what kind of version each is and whence it came."""
-    names = await deps.generator.models()
+    names = await deps.generator.models(wanted)
     known = {version["id"]: version for version in await deps.stores.jobs.list_policies()}
     return [_model(name, known.get(name, {}), index == 0) for index, name in enumerate(names)]
 

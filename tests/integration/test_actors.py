@@ -182,7 +182,7 @@ class ChildEngine(FakeEngine):
         if self._child is None or self._child.poll() is not None:
             raise GenerationError("the engine is not running")
 
-    async def models(self) -> list[str]:
+    async def models(self, wanted: str | None = None) -> list[str]:
         assert self._child is not None
         return [str(self._child.pid), str(self.num_cancelled)]
 

@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from actors.fake_engine import FakeEngine
+from actors.generator import GeneratorReplica
 from actors.launcher import TrainerLauncher
 from mora_serve.config import Settings, load_settings
 from mora_serve.identity import new_id
 from mora_serve.ports import Lease, RowCommit
 from mora_serve.store import Stores, open_stores
+from mora_serve.types import Generation, GenerationRequest, Message, Sampling
 from tests.redis_fixtures import redis_server, redis_url
 
 __all__ = ["redis_server", "redis_url"]
@@ -144,6 +147,12 @@ async def test_a_job_trains_while_its_batch_runs_survives_a_kill_and_publishes(
         async def reported(step: int) -> bool:
             return step in await steps(stores, job["id"])
 
+        # Polls never: it learns of the version only by being asked for it.
+        generator = GeneratorReplica(
+            FakeEngine(config.policy), stores.jobs, config.policy.model, poll_interval_s=3600
+        )
+        await generator.start()
+
         async with launcher(stores, config):
             await commit_shard(stores, await lease(stores))
             await eventually(lambda: reported(4), log)
@@ -160,6 +169,9 @@ async def test_a_job_trains_while_its_batch_runs_survives_a_kill_and_publishes(
             done = await eventually(finished, log)
 
         assert done["status"] == "succeeded", log()[-4000:]
+        asked = GenerationRequest((Message("user", "Hi"),), Sampling(), done["fine_tuned_model"])
+        assert isinstance((await generator.generate([asked]))[0], Generation)
+        await generator.stop()
         # The step that ran when the process died may be reported twice; it counts once.
         assert sorted(set(await steps(stores, job["id"]))) == [1, 2, 3, 4, 5, 6, 7, 8]
         assert done["trained_tokens"] == 8 * await first_step_tokens(stores, job["id"])

@@ -48,7 +48,7 @@ class Parrot(Generator):
         for answer in self.answers:
             yield CompletionDelta(answer)
 
-    async def models(self) -> list[str]:
+    async def models(self, wanted: str | None = None) -> list[str]:
         return ["chat-model"]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -139,6 +141,105 @@ async def test_a_replica_starts_although_the_current_version_cannot_be_loaded() 
     replica = replica_of(engine, stores)
     await replica.start()
     assert await replica.models() == [BASE]
+    await replica.stop()
+
+
+async def test_a_version_can_be_sampled_as_soon_as_it_is_published() -> None:
+    stores = Stores.memory()
+    replica = replica_of(Engine(), stores)
+    await replica.start()
+    await publish(stores, "policy-1")
+    (result,) = await replica.generate([request("policy-1")])
+    assert isinstance(result, Generation)
+    assert result.policy_version == "policy-1"
+    await publish(stores, "policy-2")
+    deltas = [delta async for delta in replica.stream(request("policy-2"))]
+    assert {delta.policy_version for delta in deltas} == {"policy-2"}
+    await publish(stores, "policy-3")
+    assert "policy-3" not in await replica.models()
+    assert (await replica.models("policy-3"))[0] == "policy-3"
+    await replica.stop()
+
+
+class Watched:
+    """A store whose answers wait for a signal; counts how often it was asked."""
+
+    def __init__(self, stores: Stores) -> None:
+        self._jobs = stores.jobs
+        self.num_asked = 0
+        self.asked = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+
+    async def list_policies(self) -> list[dict[str, Any]]:
+        self.num_asked += 1
+        listed = await self._jobs.list_policies()
+        self.asked.set()
+        await self.go_on.wait()
+        return listed
+
+    async def current_policy(self) -> tuple[str, int]:
+        return await self._jobs.current_policy()
+
+
+async def test_requests_that_miss_a_version_share_a_look_that_begins_after_them() -> None:
+    stores = Stores.memory()
+    watched = Watched(stores)
+    replica = GeneratorReplica(Engine(), watched, BASE, poll_interval_s=3600)
+    await replica.start()
+    watched.asked.clear()
+    watched.go_on.clear()
+    early = asyncio.create_task(replica.generate([request("nobody")]))
+    await watched.asked.wait()
+    await publish(stores, "policy-1")
+    late = [asyncio.create_task(replica.generate([request("policy-1")])) for _ in range(20)]
+    await asyncio.sleep(0)
+    watched.go_on.set()
+    assert isinstance((await early)[0], Failure)
+    assert all(isinstance(result, Generation) for (result,) in await asyncio.gather(*late))
+    assert watched.num_asked == 3, "one at the start, one for the first, one for all the others"
+    await replica.stop()
+
+
+async def test_a_caller_that_goes_away_does_not_cut_a_change_of_versions_short() -> None:
+    stores = Stores.memory()
+    watched = Watched(stores)
+    replica = GeneratorReplica(Engine(), watched, BASE, poll_interval_s=3600)
+    await replica.start()
+    await publish(stores, "policy-1")
+    watched.asked.clear()
+    watched.go_on.clear()
+    caller = asyncio.create_task(replica.generate([request("policy-1")]))
+    await watched.asked.wait()
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    watched.go_on.set()
+    await replica.refresh()
+    assert watched.num_asked == 3
+    assert (await replica.models())[0] == "policy-1"
+    await replica.stop()
+
+
+async def test_requests_for_served_versions_never_wait_for_the_store() -> None:
+    watched = Watched(Stores.memory())
+    replica = GeneratorReplica(Engine(), watched, BASE, poll_interval_s=3600)
+    await replica.start()
+    before = watched.num_asked
+    await replica.generate([request(), request(BASE)])
+    assert watched.num_asked == before
+    await replica.stop()
+
+
+async def test_a_named_version_that_cannot_be_loaded_is_not_found() -> None:
+    engine, stores = Engine(), Stores.memory()
+    replica = replica_of(engine, stores)
+    await replica.start()
+    engine.broken = {"policy-1"}
+    await publish(stores, "policy-1")
+    (result,) = await replica.generate([request("policy-1")])
+    assert isinstance(result, Failure)
+    assert result.code == "model_not_found"
     await replica.stop()
 
 
