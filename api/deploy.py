@@ -2,13 +2,14 @@
 
 ::
 
-    settings -> checks (port, Redis, model) -> environment of Serve -> ray.init -> serve.start
-      -> gateway over engines, runner and launcher -> wait for SIGTERM or SIGINT
+    settings -> checks (calibrator, port, model, Redis) -> environment of Serve -> ray.init
+      -> serve.start -> gateway over engines, runner and launcher -> wait for SIGTERM or SIGINT
       -> serve.shutdown -> ray.shutdown
 
 Settings come from ``MORA_CONFIG_JSON`` when a parent (``mora-serve up``) resolved them, else from
 ``--profile`` and ``--config``. A failure is one line on stderr and exit status 1. With
-``ray.address`` set it joins that cluster, and leaves it running when it stops.
+``ray.address`` set it joins that cluster, refuses one that serves another mora-serve already, and
+when it stops it removes its own application and leaves the cluster running.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from actors.guard import child_pids
 from api.proxy import (
     common_environment,
     find_haproxy,
@@ -33,7 +37,13 @@ from api.proxy import (
 from mora_serve.config import ENV_CONFIG, PROFILES, Settings, load_settings, settings_from_dump
 from mora_serve.errors import ConfigError, MoraError
 from mora_serve.processes import StopSignals
-from mora_serve.stack import StackError, require_port_free, require_redis, resolve_settings
+from mora_serve.stack import (
+    StackError,
+    require_calibrator,
+    require_port_free,
+    require_redis,
+    resolve_settings,
+)
 
 logger = logging.getLogger("mora.deploy")
 
@@ -41,6 +51,10 @@ START_POLL_S = 1.0
 WATCH_POLL_S = 10.0
 MAX_LOST_POLLS = 3
 """Unanswered status questions in a row after which Ray is taken for dead."""
+RAY_TRIES = 3
+"""Ray gives its own processes fixed times to start, which a busy machine can exceed."""
+PRIVATE_LABEL = "mora-serve"
+"""Label of the nodes of a Ray that one stack started for itself."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,6 +90,7 @@ def read_settings(arguments: Sequence[str] | None, environ: Mapping[str, str]) -
 
 def check(settings: Settings) -> None:
     """Refuse to start what cannot work, before anything is started."""
+    require_calibrator(settings)
     require_port_free(settings.server.host, settings.server.port)
     policy = settings.policy
     local = policy.path is not None and policy.path.startswith("/")
@@ -111,10 +126,9 @@ def serve_until_stopped(settings: Settings) -> None:
 def _serve(settings: Settings, local: bool) -> None:
     # Ray reads the environment set above when it is imported.
     import ray
-    from ray import serve
 
     try:
-        _start_ray(settings, local)
+        _start_ray(settings) if local else _join_ray(str(settings.ray.address))
         # Ray replaced the signal handlers while it started, so ours come after it.
         with StopSignals() as signals:
             try:
@@ -122,26 +136,83 @@ def _serve(settings: Settings, local: bool) -> None:
                     _deploy(settings, local)
                 _watch(signals)
             finally:
-                if local:
-                    logger.info("stopping")
-                    serve.shutdown()
+                logger.info("stopping")
+                _undeploy(local)
     finally:
         ray.shutdown()
 
 
-def _start_ray(settings: Settings, local: bool) -> None:
+def _start_ray(settings: Settings) -> None:
+    """A Ray of our own. Raises ``StackError`` when it does not start in ``RAY_TRIES`` tries."""
     import ray
 
-    if not local:
-        ray.init(address=settings.ray.address, log_to_driver=False)
+    for num_tries in range(1, RAY_TRIES + 1):
+        before = child_pids()
+        try:
+            ray.init(
+                address="local",
+                num_cpus=settings.ray.num_cpus,
+                object_store_memory=settings.ray.object_store_bytes,
+                labels={PRIVATE_LABEL: "private"},
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+            )
+            return
+        except Exception as error:  # noqa: BLE001  Ray raises a bare Exception for a slow start
+            reason = _cause(str(error))
+        logger.warning("Ray did not start (try %d of %d): %s", num_tries, RAY_TRIES, reason)
+        ray.shutdown()
+        # A start that failed half way leaves its processes to the end of ours.
+        _kill(child_pids() - before)
+    raise StackError(f"Ray could not start in {RAY_TRIES} tries: {reason}")
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _join_ray(address: str) -> None:
+    """Connect to a running Ray. Raises ``StackError`` when there is none, or it is not free."""
+    import ray
+    from ray import serve
+
+    from api.ingress import APPLICATION
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except Exception as error:  # noqa: BLE001  of several kinds, whatever keeps us from joining
+        raise StackError(
+            f"ray.address must name a running Ray, got {address}: {_cause(str(error))}"
+        ) from None
+    if any(PRIVATE_LABEL in node.get("Labels", {}) for node in ray.nodes() if node["Alive"]):
+        raise StackError(
+            f"ray.address must not lead to the private Ray of another mora-serve, got {address}; "
+            "stop that one, or start a Ray for this one ('ray start --head') and name its address"
+        )
+    if APPLICATION in serve.status().applications:
+        raise StackError(
+            f"ray.address must lead to a Ray that serves no application '{APPLICATION}' yet, got "
+            f"{address}; stop the mora-serve that runs there, or remove what a killed one left "
+            "with 'serve shutdown'"
+        )
+
+
+def _undeploy(local: bool) -> None:
+    """Stop what was deployed; of a cluster that others use, only our application."""
+    from ray import serve
+
+    from api.ingress import APPLICATION
+
+    if local:
+        serve.shutdown()
         return
-    ray.init(
-        address="local",
-        num_cpus=settings.ray.num_cpus,
-        object_store_memory=settings.ray.object_store_bytes,
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-    )
+    try:
+        if APPLICATION in serve.status().applications:
+            serve.delete(APPLICATION)
+    except Exception as error:  # noqa: BLE001  the cluster may be what was lost
+        logger.warning("the application could not be removed (%s)", type(error).__name__)
 
 
 def _deploy(settings: Settings, local: bool) -> None:
@@ -150,11 +221,14 @@ def _deploy(settings: Settings, local: bool) -> None:
     from api.ingress import APPLICATION, build_application
 
     server = settings.server
-    serve.start(
-        proxy_location="HeadOnly" if local else "EveryNode",
-        http_options={"host": server.host, "port": server.port},
-        logging_config=_logging(settings),
-    )
+    try:
+        serve.start(
+            proxy_location="HeadOnly" if local else "EveryNode",
+            http_options={"host": server.host, "port": server.port},
+            logging_config=_logging(settings),
+        )
+    except Exception as error:  # noqa: BLE001  what a proxy raised arrives as any kind
+        raise StackError(f"Ray Serve could not start: {_cause(str(error))}") from None
     serve.run_many(
         [
             serve.RunTarget(

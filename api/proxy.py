@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
-MAX_SOCKET_DIR_CHARS = 107 - 1 - 56 - 1 - len("metrics.sock") - 8
-"""Longest directory whose sockets fit ``sun_path``: Serve appends a node id (56 characters), and
-HAProxy a suffix while it starts."""
+MAX_SOCKET_CHARS = 97
+"""Longest socket path that HAProxy takes: it keeps ten of ``sun_path``'s 107 for a suffix."""
+MAX_SOCKET_DIR_CHARS = MAX_SOCKET_CHARS - 1 - 56 - 1 - len("metrics.sock")
+"""Longest directory whose sockets fit: Serve appends a node id (56 characters)."""
 
 
 def find_haproxy(environ: Mapping[str, str]) -> str | None:

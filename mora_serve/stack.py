@@ -2,7 +2,7 @@
 
 ::
 
-    lock <data_dir> -> port free? -> model there? -> Redis child (unless redis.url)
+    lock <data_dir> -> calibrator? -> port free? -> model there? -> Redis child (unless redis.url)
         -> `python -m api.deploy` child (Ray, Serve, gateway; settings in MORA_CONFIG_JSON)
         -> poll /readyz -> ready
     stop: TERM to the service, grace, KILL of its family -> Redis stops -> lock released
@@ -61,7 +61,9 @@ def resolve_settings(settings: Settings) -> Settings:
         update["blobs"] = settings.blobs.model_copy(update={"url": f"file://{data_dir}/blobs"})
     if settings.policy.backend != "fake":
         path = settings.policy.path or str(data_dir / "models" / settings.policy.model)
-        path = os.path.abspath(path) if _is_local(path) else path
+        # The embedded profile works without a hub, so every path of it is a directory.
+        if settings.profile == "embedded" or _is_local(path):
+            path = os.path.abspath(os.path.expanduser(path))
         update["policy"] = settings.policy.model_copy(update={"path": path})
     return settings.model_copy(update=update)
 
@@ -99,6 +101,13 @@ def _locked(data_dir: Path) -> contextlib.AbstractContextManager[None]:
             f"data_dir must be a writable directory, got {data_dir}: {error.strerror}"
         ) from None
     return lock_data_dir(data_dir)
+
+
+def require_calibrator(settings: Settings) -> None:
+    """Raise :class:`~mora_serve.errors.CalibrationError` for scorers that nothing calibrates."""
+    from mora_serve.calibrators import load_calibrator
+
+    load_calibrator(settings)
 
 
 def require_redis(settings: Settings) -> None:
@@ -160,6 +169,7 @@ class Stack:
         adopt_orphans()
         settings = self.settings
         self._held.enter_context(_locked(settings.data_dir))
+        require_calibrator(settings)
         require_port_free(settings.server.host, settings.server.port)
         self._provide_model()
         self._start_redis()
@@ -167,9 +177,9 @@ class Stack:
 
     def _provide_model(self) -> None:
         policy = self.settings.policy
-        if policy.backend == "fake" or policy.path is None or not _is_local(policy.path):
+        if policy.backend == "fake" or not os.path.isabs(policy.path or ""):
             return
-        directory = Path(policy.path)
+        directory = Path(str(policy.path))
         if (directory / "config.json").is_file():
             self._announce(f"model    {directory}")
             return

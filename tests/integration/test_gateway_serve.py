@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from mora_serve.config import ENV_CONFIG, Settings, dump_settings, load_settings
 from mora_serve.processes import Child
 from mora_serve.redis_server import RedisServer
 from mora_serve.stack import child_env, resolve_settings
+from mora_serve.store import open_stores
 
 pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -95,6 +97,56 @@ def client(service: Service) -> Iterator[openai.OpenAI]:
 
 def post(service: Service, path: str, body: Any) -> httpx.Response:
     return httpx.post(f"{service.url}{path}", json=body, timeout=60)
+
+
+def ray_address(child: Child) -> str:
+    """Address of the Ray that a service started, from its raylet's command line."""
+    for pid in child.family():
+        for part in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            if part.startswith(b"--gcs-address="):
+                return part.decode().partition("=")[2]
+    raise AssertionError("no raylet")
+
+
+async def publish(settings: Settings, name: str) -> None:
+    stores = open_stores(settings)
+    await stores.jobs.publish_policy({"id": name, "kind": "lora", "uri": "/x"}, make_current=False)
+    await stores.aclose()
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "diagnostics", "models"])
+def test_a_version_answers_as_soon_as_it_is_published(service: Service, path: str) -> None:
+    name = f"policy-{path.partition('/')[0]}"
+    asyncio.run(publish(service.settings, name))
+
+    if path == "models":
+        answer = httpx.get(f"{service.url}/v1/models/{name}", timeout=60)
+    else:
+        asked = {"messages": HELLO} if path.startswith("chat") else {"prompts": ["one"], "n": 4}
+        answer = post(service, f"/v1/{path}", {**asked, "model": name})
+
+    assert answer.status_code == 200, answer.text
+
+
+def test_another_stack_does_not_join_the_ray_of_this_one(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # what address "auto" turns on by itself
+    (port,) = free_ports(1)
+    server = service.settings.server.model_copy(update={"port": port})
+    ray = service.settings.ray.model_copy(update={"address": ray_address(service.child)})
+    log = tmp_path / "other.log"
+    update = {"server": server, "ray": ray, "data_dir": tmp_path / "data"}
+    child = start(service.settings.model_copy(update=update), log)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    child.stop(STOP_TIMEOUT_S)
+
+    assert child.poll() == 1
+    last = log.read_text("utf-8").splitlines()[-1]
+    assert last.startswith("error: ray.address must not lead to the private Ray of another")
+    assert httpx.get(f"{service.url}/readyz", timeout=5).status_code == 200
 
 
 def test_method_answers_over_http(service: Service) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray
+from ray import serve
 
 from api import deploy, proxy
-from mora_serve.config import ENV_CONFIG, dump_settings
+from mora_serve.config import ENV_CONFIG, dump_settings, load_settings
 from mora_serve.errors import ConfigError
 from mora_serve.stack import StackError, resolve_settings
 from tests.unit.api.conftest import make_settings
@@ -54,9 +59,11 @@ def test_broken_settings_are_a_config_error() -> None:
         deploy.read_settings(["--profile", "fake"], {"MORA_SERVER__PROT": "1"})
 
 
-def run_deploy(tmp_path: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+def run_deploy(
+    tmp_path: Path, profile: str = "fake", **environ: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "api.deploy", "--profile", "fake"],
+        [sys.executable, "-m", "api.deploy", "--profile", profile],
         env={**os.environ, "MORA_DATA_DIR": str(tmp_path), **environ},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
@@ -97,6 +104,107 @@ def test_missing_model_directory_is_named(tmp_path: Path) -> None:
         deploy.check(settings)
 
 
+def test_relative_model_directory_of_the_embedded_profile_is_named_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = {"policy": {"path": "models/absent"}, "server": {"port": free_port()}}
+    loaded = load_settings("embedded", environ={}, overrides=overrides)
+
+    with pytest.raises(StackError, match=rf"must be a model directory.*{tmp_path}/models/absent"):
+        deploy.check(resolve_settings(loaded))
+
+
+def test_scorers_without_a_calibrator_are_refused_before_ray_is_joined(tmp_path: Path) -> None:
+    done = run_deploy(tmp_path, "gpu", MORA_SERVER__PORT=str(free_port()))
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: method.calibrator must name a calibrator")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def slow_ray(monkeypatch: pytest.MonkeyPatch, num_failures: int) -> list[str]:
+    """Replace Ray by one that fails to start so often; what was asked of it."""
+    asked: list[str] = []
+
+    def init(**options: Any) -> None:
+        asked.append("init")
+        if asked.count("init") <= num_failures:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: asked.append("shutdown"))
+    return asked
+
+
+def test_ray_that_starts_too_slowly_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = slow_ray(monkeypatch, 2)
+
+    deploy._start_ray(make_settings())
+
+    assert asked == ["init", "shutdown", "init", "shutdown", "init"]
+
+
+def test_ray_that_never_starts_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = slow_ray(monkeypatch, 100)
+
+    with pytest.raises(StackError, match=r"^Ray could not start in 3 tries: The current node"):
+        deploy._start_ray(make_settings())
+
+    assert asked.count("init") == 3
+
+
+def test_processes_of_a_start_that_failed_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[subprocess.Popen[bytes]] = []
+
+    def init(**options: Any) -> None:
+        if not left:
+            left.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+    deploy._start_ray(make_settings())
+
+    assert left[0].wait(20) == -signal.SIGKILL
+
+
+def running_ray(
+    monkeypatch: pytest.MonkeyPatch, applications: list[str], labels: dict[str, str]
+) -> None:
+    status = SimpleNamespace(applications=dict.fromkeys(applications))
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Labels": labels}])
+    monkeypatch.setattr(serve, "status", lambda: status)
+
+
+def test_ray_that_serves_another_mora_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    running_ray(monkeypatch, ["other", "mora"], {})
+    with pytest.raises(StackError, match="serves no application 'mora' yet, got auto"):
+        deploy._join_ray("auto")
+
+
+def test_private_ray_of_another_stack_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    running_ray(monkeypatch, [], {deploy.PRIVATE_LABEL: "private"})
+    with pytest.raises(StackError, match="private Ray of another mora-serve, got auto"):
+        deploy._join_ray("auto")
+
+
+def test_ray_that_serves_something_else_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    running_ray(monkeypatch, ["other"], {"ray.io/node-id": "a"})
+    deploy._join_ray("auto")
+
+
+def test_ray_that_does_not_run_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(StackError, match="must name a running Ray, got auto: Could not find"):
+        deploy._join_ray("auto")
+
+
 def test_haproxy_is_found_where_it_is_configured_or_not_at_all(tmp_path: Path) -> None:
     binary = tmp_path / "haproxy"
     binary.write_text("#!/bin/sh\n", "utf-8")
@@ -118,6 +226,19 @@ def test_haproxy_files_stay_under_the_data_directory_while_sockets_fit(tmp_path:
     assert temporary
     assert len(str(directory)) <= proxy.MAX_SOCKET_DIR_CHARS
     directory.rmdir()
+
+
+def test_longest_directory_leaves_room_for_what_serve_and_haproxy_append(tmp_path: Path) -> None:
+    longest = "/" + "d" * (proxy.MAX_SOCKET_DIR_CHARS - 1)
+
+    path = Path(longest) / ("0" * 56) / Path(haproxy_metrics_socket(longest)).name
+
+    assert len(str(path)) == proxy.MAX_SOCKET_CHARS
+
+
+def haproxy_metrics_socket(directory: str) -> str:
+    variables = proxy.haproxy_environment("/bin/haproxy", Path(directory))
+    return variables["RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"]
 
 
 def test_every_file_of_haproxy_is_in_its_directory_and_ports_are_free(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mora_serve.config import Settings, load_settings
+from mora_serve.errors import CalibrationError
 from mora_serve.processes import StopSignals
 from mora_serve.stack import (
     Stack,
@@ -82,6 +83,31 @@ def test_missing_model_of_a_configured_path_stops_before_anything_runs(tmp_path:
     chosen = settings("embedded", data_dir=tmp_path, policy={"path": "/absent/model"})
     with StopSignals() as signals, pytest.raises(StackError, match=r"got /absent/model"):
         Stack(chosen, signals, lambda line: None).__enter__()
+
+
+def test_relative_model_path_of_the_embedded_profile_is_a_directory_even_when_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen = settings("embedded", data_dir=tmp_path, policy={"path": "absent/model"})
+    with StopSignals() as signals, pytest.raises(StackError, match=rf"got {tmp_path}/absent/model"):
+        Stack(chosen, signals, lambda line: None).__enter__()
+
+
+def test_home_in_a_model_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_settings(settings("gpu", policy={"path": "~/m"})).policy.path == f"{tmp_path}/m"
+
+
+def test_missing_calibrator_stops_before_anything_runs(tmp_path: Path) -> None:
+    lines: list[str] = []
+    chosen = settings("gpu", data_dir=tmp_path)
+    with (
+        StopSignals() as signals,
+        pytest.raises(CalibrationError, match=r"method\.calibrator must"),
+    ):
+        Stack(chosen, signals, lines.append).__enter__()
+    assert lines == []
 
 
 def test_failed_start_gives_the_data_directory_back(tmp_path: Path) -> None:
