@@ -36,9 +36,10 @@ from api.proxy import (
 )
 from mora_serve.config import ENV_CONFIG, PROFILES, Settings, load_settings, settings_from_dump
 from mora_serve.errors import ConfigError, MoraError
-from mora_serve.processes import StopSignals
+from mora_serve.processes import ParentWatch, StopSignals
 from mora_serve.stack import (
     StackError,
+    only_service,
     require_calibrator,
     require_port_free,
     require_redis,
@@ -51,6 +52,9 @@ START_POLL_S = 1.0
 WATCH_POLL_S = 10.0
 MAX_LOST_POLLS = 3
 """Unanswered status questions in a row after which Ray is taken for dead."""
+ORPHAN_GRACE_S = 3.0
+"""Time to stop in order once ``mora-serve up`` was killed. Its Redis has ended with it, so that no
+request can be finished any more."""
 RAY_TRIES = 3
 """Ray gives its own processes fixed times to start, which a busy machine can exceed."""
 PRIVATE_LABEL = "mora-serve"
@@ -63,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = read_settings(arguments, os.environ)
         logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(message)s")
         check(settings)
-        serve_until_stopped(settings)
+        with only_service(settings.data_dir), ParentWatch(ORPHAN_GRACE_S):
+            serve_until_stopped(settings)
     except MoraError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1

@@ -16,6 +16,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import IO, Any, Self
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _MARKER = "_MORA_FAMILY"
+_PARENT_POLL_S = 0.25
 # Runs in the child before the command: Python between fork and exec is unsafe beside threads.
 _TRAMPOLINE = (
     "import ctypes, os, sys\n"
@@ -80,24 +82,74 @@ class Child:
             self._process.terminate()
         _wait_until(lambda: self._process.poll() is not None, grace_s, hurry)
         _wait_until(lambda: not self.family(), 2.0, hurry)
-        while strays := self.family():
-            for pid in strays:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            _wait_until(lambda: not self.family(), 5.0, lambda: False)
+        _kill_all(self.family)
         self._process.wait()
 
     def family(self) -> list[int]:
         """Processes that run and descend from the child, itself included; not zombies."""
-        marker = f"{_MARKER}={self._family}".encode()
-        alive = []
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdecimal():
-                continue
-            with contextlib.suppress(OSError):
-                if marker in (entry / "environ").read_bytes().split(b"\0"):
-                    alive.append(int(entry.name))
-        return alive
+        return _family(self._family)
+
+
+class ParentWatch:
+    """In a process that was started as a :class:`Child`: end our family when the parent dies.
+
+    The parent-death signal asks us to stop in order, which can take long; ``grace_s`` after it all
+    that descends from us is killed, and we exit. While the context is open; leaving it after the
+    parent died ends what is left at once. Does nothing in a process that is no child of ours.
+    """
+
+    def __init__(self, grace_s: float) -> None:
+        self._grace_s = grace_s
+        self._parent = os.getppid()
+        self._marker = os.environ.get(_MARKER)
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="parent-watch", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._marker is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._left.set()
+        if self._parent_died():
+            self._end_family()
+
+    def _parent_died(self) -> bool:
+        return self._marker is not None and os.getppid() != self._parent
+
+    def _watch(self) -> None:
+        while not self._left.wait(_PARENT_POLL_S):
+            if self._parent_died():
+                if not self._left.wait(self._grace_s):
+                    self._end_family()
+                    os._exit(1)
+                return
+
+    def _end_family(self) -> None:
+        marker, own = str(self._marker), os.getpid()
+        _kill_all(lambda: [pid for pid in _family(marker) if pid != own])
+
+
+def _family(marker: str) -> list[int]:
+    """Running processes that carry the marker of one child; not zombies."""
+    wanted = f"{_MARKER}={marker}".encode()
+    alive = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        with contextlib.suppress(OSError):
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                alive.append(int(entry.name))
+    return alive
+
+
+def _kill_all(find: Callable[[], list[int]]) -> None:
+    while found := find():
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        _wait_until(lambda: not find(), 5.0, lambda: False)
 
 
 def reap_adopted() -> None:

@@ -2,7 +2,8 @@
 
 ::
 
-    lock <data_dir> -> calibrator? -> port free? -> model there? -> Redis child (unless redis.url)
+    lock <data_dir> -> calibrator? -> leftovers gone? -> port free? -> model there?
+        -> Redis child (unless redis.url)
         -> `python -m api.deploy` child (Ray, Serve, gateway; settings in MORA_CONFIG_JSON)
         -> poll /readyz -> ready
     stop: TERM to the service, grace, KILL of its family -> Redis stops -> lock released
@@ -18,11 +19,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,6 +41,8 @@ READY_TIMEOUT_S = 900.0
 """Starting engines on a slow machine takes minutes."""
 POLL_S = 0.25
 REDIS_TIMEOUT_S = 10.0
+SERVICE_LOCK = ".service.lock"
+LEFTOVER_TIMEOUT_S = 30.0
 STOP_GRACE_S = 60.0
 """Replicas finish their requests first, see ``replica.graceful_shutdown_timeout_s``."""
 UNROUTABLE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
@@ -101,6 +105,28 @@ def _locked(data_dir: Path) -> contextlib.AbstractContextManager[None]:
             f"data_dir must be a writable directory, got {data_dir}: {error.strerror}"
         ) from None
     return lock_data_dir(data_dir)
+
+
+@contextlib.contextmanager
+def only_service(data_dir: Path) -> Iterator[None]:
+    """Held by the service process until all it started has ended.
+
+    Raises :class:`StackError` when another service works on the data directory. One can outlive
+    its ``mora-serve up`` for some seconds, when that was killed.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(data_dir / SERVICE_LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StackError(
+                f"data_dir must not be in use by another service, got {data_dir}; stop that one "
+                "or choose another directory"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def require_calibrator(settings: Settings) -> None:
@@ -170,10 +196,21 @@ class Stack:
         settings = self.settings
         self._held.enter_context(_locked(settings.data_dir))
         require_calibrator(settings)
+        self._await_leftover()
         require_port_free(settings.server.host, settings.server.port)
         self._provide_model()
         self._start_redis()
         self._start_service()
+
+    def _await_leftover(self) -> None:
+        """Give the service of a killed ``up`` the seconds it needs to end."""
+        for _ in range(int(LEFTOVER_TIMEOUT_S / POLL_S)):
+            with contextlib.suppress(StackError), only_service(self.settings.data_dir):
+                return
+            if self._signals.wait(POLL_S):
+                raise Interrupted("stopped while starting")
+        with only_service(self.settings.data_dir):
+            return
 
     def _provide_model(self) -> None:
         policy = self.settings.policy

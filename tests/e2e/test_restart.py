@@ -47,6 +47,27 @@ def test_batch_that_was_cut_short_by_sigterm_is_finished_by_the_next_up(tmp_path
         second.kill_all()
 
 
+@pytest.mark.ray
+@pytest.mark.redis
+@pytest.mark.slow
+def test_up_that_was_killed_can_be_started_again_at_once(tmp_path: Path) -> None:
+    data_dir, port = tmp_path / "data", free_port()
+    first = Up(data_dir, port)
+    second: Up | None = None
+    try:
+        first.wait_for("ready ")
+        assert len(first.family()) > 8
+        first.stop(signal.SIGKILL)
+        second = Up(data_dir, port)
+        eventually(lambda: first.family() == [], 20.0)
+        second.wait_for("ready ")
+    finally:
+        first.kill_all()
+        if second is not None:
+            second.stop()
+            second.kill_all()
+
+
 def start_batch(client: Client) -> str:
     url = "/v1/diagnostics"
     rows = [

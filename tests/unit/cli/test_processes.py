@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mora_serve.processes import Child, StopSignals
+from mora_serve.processes import Child, ParentWatch, StopSignals
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
 STUBBORN = (
@@ -93,6 +93,44 @@ def test_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     parent.wait()
     until(lambda: not _runs(pid))
     parent.stdout.close()
+
+
+def test_family_of_an_orphan_that_does_not_stop_is_ended(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    orphan = (
+        "import signal, subprocess, sys, time; from mora_serve.processes import ParentWatch\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "with ParentWatch(0.2):\n"
+        "    stray = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
+        " start_new_session=True)\n"
+        "    print(stray.pid, 'up', flush=True); time.sleep(60)"
+    )
+    code = (
+        "import os, sys, time; from mora_serve.processes import Child\n"
+        f"child = Child([sys.executable, '-c', {orphan!r}], env=dict(os.environ), "
+        f"output=open({str(log)!r}, 'wb'))\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    until(lambda: log.exists() and "up" in log.read_text())
+    stray = int(log.read_text().split()[0])
+    assert _runs(pid)
+    assert _runs(stray)
+    parent.kill()
+    parent.wait()
+    until(lambda: not _runs(pid) and not _runs(stray))
+    parent.stdout.close()
+
+
+def test_watch_does_nothing_in_a_process_that_nobody_supervises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("_MORA_FAMILY", raising=False)
+    monkeypatch.setattr(os, "getppid", iter(range(2, 100)).__next__)
+    with ParentWatch(0.0):
+        pass
 
 
 def test_environment_of_a_child_is_what_was_given(tmp_path: Path) -> None:

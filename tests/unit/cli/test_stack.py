@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mora_serve import stack
 from mora_serve.config import Settings, load_settings
 from mora_serve.errors import CalibrationError
 from mora_serve.processes import StopSignals
@@ -18,6 +20,7 @@ from mora_serve.stack import (
     base_url,
     child_env,
     last_line,
+    only_service,
     require_port_free,
     resolve_settings,
     run_child,
@@ -108,6 +111,32 @@ def test_missing_calibrator_stops_before_anything_runs(tmp_path: Path) -> None:
     ):
         Stack(chosen, signals, lines.append).__enter__()
     assert lines == []
+
+
+def test_service_that_outlived_its_stack_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings("embedded", data_dir=tmp_path, policy={"path": "/absent/model"})
+    monkeypatch.setattr(stack, "POLL_S", 0.01)
+    ending = threading.Event()
+
+    def leftover() -> None:
+        with only_service(tmp_path):
+            held.set()
+            ending.wait(60.0)
+
+    held = threading.Event()
+    thread = threading.Thread(target=leftover)
+    thread.start()
+    held.wait(60.0)
+    with StopSignals() as signals:
+        monkeypatch.setattr(stack, "LEFTOVER_TIMEOUT_S", 0.05)
+        with pytest.raises(StackError, match="data_dir must not be in use by another service"):
+            Stack(chosen, signals, lambda line: None).__enter__()
+        monkeypatch.setattr(stack, "LEFTOVER_TIMEOUT_S", 60.0)
+        monkeypatch.setattr(signals, "wait", lambda timeout_s: ending.set() or thread.join())
+        with pytest.raises(StackError, match="/absent/model"):
+            Stack(chosen, signals, lambda line: None).__enter__()
 
 
 def test_failed_start_gives_the_data_directory_back(tmp_path: Path) -> None:
