@@ -280,8 +280,8 @@ def in_body(error: InvalidRequestError) -> InvalidRequestError:
     """``error`` of a row's body as the row's: its field and message begin with ``body.``."""
     if error.param is None:
         return error
-    separator = "" if error.message.startswith(error.param) else f"{error.param}: "
-    return type(error)(f"body.{separator}{error.message}", f"body.{error.param}", error.code)
+    place = "" if error.message.startswith(f"{error.param} ") else f"{error.param}: "
+    return type(error)(f"body.{place}{error.message}", f"body.{error.param}", error.code)
 
 
 def custom_id_of(line: bytes | str) -> str | None:

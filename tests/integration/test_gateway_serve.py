@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,35 @@ def test_metrics_of_all_replicas_are_one_page(service: Service) -> None:
     assert "mora_generator_requests_total" in text
     assert "mora_http_requests_total" in text
     assert 'replica="gateway-' in text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_client_that_leaves_is_counted(service: Service, stream: bool) -> None:
+    before = metric(service, "mora_gateway_disconnects_total")
+    prompts = [f"question {i}" for i in range(250)]
+    body = json.dumps({"prompts": prompts, "n": 256, "stream": stream})
+    connection = http.client.HTTPConnection("127.0.0.1", service.settings.server.port)
+    connection.request("POST", "/v1/diagnostics", body)
+    wait_for(lambda: metric(service, "mora_gateway_prompts_in_flight") > 0)
+    connection.close()
+
+    wait_for(lambda: metric(service, "mora_gateway_disconnects_total") > before)
+    assert metric(service, "mora_gateway_disconnects_total") == before + 1
+    assert metric(service, "mora_gateway_prompts_in_flight") == 0
+
+
+def metric(service: Service, name: str) -> float:
+    """A sample, added up over all replicas."""
+    text = httpx.get(f"{service.url}/metrics", timeout=10).text
+    lines = [line for line in text.splitlines() if line.startswith(f"{name}{{")]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened for 30 seconds"
+        time.sleep(0.05)
 
 
 def test_second_service_on_the_port_says_so_and_leaves_the_first_alone(service: Service) -> None:
