@@ -32,7 +32,7 @@ from mora_serve.config import Settings, dump_settings
 from mora_serve.demo import DEMO_PROMPTS, Demo, DemoOptions
 from mora_serve.demo_view import ConsoleView, summary_tables
 from mora_serve.processes import StopSignals
-from mora_serve.stack import Stack
+from mora_serve.stack import Stack, prepare_model, resolve_settings
 
 
 def demo(
@@ -69,12 +69,34 @@ def demo(
         settings = settings_from(profile, config, data_dir=data_dir, port=port)
         keys = settings.server.api_keys
         key = api_key or (keys[0].get_secret_value() if keys else None)
-        with Stack(settings, signals, note) as stack:
+        own = own_state(settings)
+        _prepare_shared(settings, own, signals)
+        with Stack(own, signals, note) as stack:
             with spinner("starting"):
                 stack.wait_ready(progress=note)
             note(f"ready {stack.url}")
             with _supervised(stack), signals.raising():
                 _run(client_for(stack.url, key), options, settings)
+
+
+def own_state(settings: Settings) -> Settings:
+    """Settings with a data directory of the run's own inside the configured one.
+
+    The policy that a demo trains must not be what the next one starts from, nor what ``up`` serves.
+    The prepared model is shared.
+    """
+    shared = resolve_settings(settings)
+    state = shared.data_dir / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    return settings.model_copy(update={"data_dir": state, "policy": shared.policy})
+
+
+def _prepare_shared(settings: Settings, own: Settings, signals: StopSignals) -> None:
+    """Prepare the embedded model in the configured data directory, unless it is there."""
+    if settings.profile != "embedded" or settings.policy.path is not None:
+        return
+    directory = Path(str(own.policy.path))
+    if not (directory / "config.json").is_file():
+        prepare_model(directory, signals, note)
 
 
 @contextmanager
