@@ -4,25 +4,35 @@ Everything that Ray can do to a call is translated here, once, into :mod:`mora_s
 
 =============================================  ==================================================
 a replica raised a ``MoraError``               that error
-a replica, its node or its engine is gone      ``GenerationError`` / ``ScoringError``; tried again
+a replica or its node ended under the call     ``GenerationError`` / ``ScoringError`` with ``lost``
 any other error inside a replica               ``GenerationError`` / ``ScoringError``; tried again
-the queue is full (``BackPressureError``)      ``OverloadedError``; never tried again here
+the queue is full (``BackPressureError``), or  ``OverloadedError``; never tried again here
+no replica can be had
 the caller's task is cancelled                 the call is cancelled on the replica too
 =============================================  ==================================================
 
 Lists are cut into chunks, so that one call carries work and several replicas share a list. A chunk
-is tried at most ``max_tries`` times; Serve routes each try to a healthy replica, and waits for one
-when a replacement is still starting.
+is tried a bounded number of times; Serve routes each try to a healthy replica, and waits for one
+when a replacement is still starting. A chunk whose replica was lost may be what ended it: it is
+repeated ``lost_repeats`` times only, so that one prompt cannot end engine after engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ray.exceptions import RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from actors.aio import gather
@@ -46,7 +56,18 @@ from mora_serve.types import (
 T = TypeVar("T")
 Unavailable = type[GenerationError] | type[ScoringError]
 
+LOST = (
+    RayActorError,
+    WorkerCrashedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    LocalRayletDiedError,
+)
+"""What Ray raises when the process that held a call is gone, or cannot be reached any more."""
+
 DEFAULT_TRIES = 3
+DEFAULT_LOST_REPEATS = 1
+"""For callers that wait for an answer: a replica that was scaled down or replaced is not seen."""
 DEFAULT_CHUNK = 8
 RETRY_AFTER_S = 1.0
 """What a full queue tells clients when Serve does not say."""
@@ -64,6 +85,10 @@ def translate(error: Exception, unavailable: Unavailable) -> MoraError:
             "all replicas are busy and their queue is full; try again later",
             cause.retry_after_s or RETRY_AFTER_S,
         )
+    if isinstance(cause, DeploymentUnavailableError):
+        return OverloadedError("no replica can be started; try again later", RETRY_AFTER_S)
+    if isinstance(cause, LOST):
+        return unavailable(f"the replica ended under the call ({type(cause).__name__})", True)
     return unavailable(f"the replica could not answer ({type(cause).__name__})")
 
 
@@ -79,17 +104,31 @@ async def call(method: Any, *args: Any, unavailable: Unavailable) -> Any:
         raise translate(error, unavailable) from None
 
 
+@dataclass(frozen=True, slots=True)
+class Tries:
+    """How often one call is made."""
+
+    most: int = DEFAULT_TRIES
+    """Tries in all, the first one included."""
+    lost_repeats: int = DEFAULT_LOST_REPEATS
+    """Of these, repeats after the replica was lost under the call."""
+
+
 async def retrying(
-    attempt: Callable[[], Awaitable[T]], unavailable: Unavailable, max_tries: int
+    attempt: Callable[[], Awaitable[T]], unavailable: Unavailable, tries: Tries
 ) -> T:
-    """Run ``attempt`` until it succeeds, at most ``max_tries`` times, backing off in between.
+    """Run ``attempt`` until it succeeds, as often as ``tries`` allows, backing off in between.
 
     Only ``unavailable`` errors are tried again; the last one is raised when the budget is spent.
     """
-    for spent in range(1, max_tries):
+    losses = 0
+    for spent in range(1, tries.most):
         try:
             return await attempt()
-        except unavailable:
+        except unavailable as error:
+            losses += error.lost
+            if losses > tries.lost_repeats:
+                raise
             await asyncio.sleep(FIRST_BACKOFF_S * 2 ** (spent - 1))
     return await attempt()
 
@@ -105,11 +144,11 @@ class ServeGenerator:
         self,
         handle: DeploymentHandle[Any],
         *,
-        max_tries: int = DEFAULT_TRIES,
+        tries: Tries = Tries(),
         chunk: int = DEFAULT_CHUNK,
     ) -> None:
         self._handle = handle
-        self._max_tries = max_tries
+        self._tries = tries
         self._chunk = chunk
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation | Failure]:
@@ -123,7 +162,7 @@ class ServeGenerator:
             )
             return results
 
-        return await retrying(attempt, GenerationError, self._max_tries)
+        return await retrying(attempt, GenerationError, self._tries)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[CompletionDelta, None]:
         """A stream is not tried again once a delta was handed out."""
@@ -141,7 +180,7 @@ class ServeGenerator:
             names: list[str] = await call(self._handle.models, wanted, unavailable=GenerationError)
             return names
 
-        return await retrying(attempt, GenerationError, self._max_tries)
+        return await retrying(attempt, GenerationError, self._tries)
 
 
 class ServeScorer:
@@ -151,11 +190,11 @@ class ServeScorer:
         self,
         handles: Mapping[str, DeploymentHandle[Any]],
         *,
-        max_tries: int = DEFAULT_TRIES,
+        tries: Tries = Tries(),
         chunk: int = DEFAULT_CHUNK,
     ) -> None:
         self._handles = dict(handles)
-        self._max_tries = max_tries
+        self._tries = tries
         self._chunk = chunk
         self._served: dict[str, frozenset[Dimension]] = {}
 
@@ -210,7 +249,7 @@ class ServeScorer:
             )
             return scores
 
-        return await retrying(attempt, ScoringError, self._max_tries)
+        return await retrying(attempt, ScoringError, self._tries)
 
     async def _dimensions(self, name: str) -> Mapping[Dimension, tuple[str, str]]:
         async def attempt() -> Mapping[Dimension, tuple[str, str]]:
@@ -219,4 +258,4 @@ class ServeScorer:
             )
             return answer
 
-        return await retrying(attempt, ScoringError, self._max_tries)
+        return await retrying(attempt, ScoringError, self._tries)

@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from actors.adapters import ServeGenerator, ServeScorer
+from actors.adapters import ServeGenerator, ServeScorer, Tries
 from actors.autoscaling import BacklogPolicy
 from actors.generator import GeneratorReplica, PolicyEngine
 from actors.metrics import GeneratorMetrics, MetricsPublisher, ScorerMetrics, StatsCollector
@@ -176,7 +176,9 @@ class RunnerDeployment(WorkerReplica):
 
         settings = settings_from_dump(dump)
         stores = open_stores(settings)
-        ports = ServeGenerator(generator), ServeScorer(scorers)
+        # Of a row whose engine was lost, the runner alone knows what it may do again.
+        tries = Tries(lost_repeats=0)
+        ports = ServeGenerator(generator, tries=tries), ServeScorer(scorers, tries=tries)
         super().__init__(
             BatchRunner(*ports, stores, settings, _replica_name()), stores.batches.backlog_rows
         )

@@ -20,7 +20,8 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from actors.batch_rows import RowService, RowWorker, backoff_s
+from actors.batch_rows import RowWorker, backoff_s
+from actors.isolation import Isolation, RowService
 from actors.shard_run import ShardLimits, ShardRun, duplicates_key
 from mora_serve.calibrators import load_calibrator
 from mora_serve.config import Settings
@@ -51,9 +52,11 @@ class BatchRunner:
         *,
         service: RowService | None = None,
     ) -> None:
-        self._service = service or MoraService(
-            generator, scorer, load_calibrator(settings), settings
+        together, apart = (
+            service or MoraService(generator, scorer, load_calibrator(settings), settings)
+            for _ in range(2)
         )
+        self._isolation = Isolation(together, apart)
         self._stores = stores
         self._settings = settings.runner
         self._worker_id = worker_id
@@ -62,6 +65,7 @@ class BatchRunner:
             max_stream_tail=settings.runner.max_stream_tail,
             poll_interval_s=settings.runner.poll_interval_s,
             max_line_bytes=settings.server.max_body_bytes,
+            storage_timeout_s=settings.runner.unavailable_timeout_s,
         )
         self._permits = asyncio.Semaphore(settings.runner.max_in_flight_rows)
         self._stopping = asyncio.Event()
@@ -142,7 +146,7 @@ class BatchRunner:
             await self._stores.batches.release(lease)
             raise StorageError(f"the input file of {lease.batch_id} must exist: {error}") from error
         worker = RowWorker(
-            self._service,
+            self._isolation,
             self._settings,
             batch,
             defaults=options.get("defaults") or {},

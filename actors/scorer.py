@@ -8,6 +8,8 @@ under load. Two batches at a time let the second be tokenised while the first co
     score() --groups--> queue --batch--> scorer --scores--> futures --> score() returns
        |                                                       |
        '-- its time is up: groups still queued are dropped <---'   (status ``timeout``)
+
+The replica ends with its engine, as the generator's does: no retry meets a corpse.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from actors.generator import EXIT_DEAD_ENGINE
 from actors.metrics import ScorerMetrics
 from mora_serve.errors import ScoringError
 from mora_serve.ports import Scorer
@@ -61,7 +66,9 @@ class ScorerReplica:
         token_budget: int,
         metrics: ScorerMetrics | None = None,
         clock: Callable[[], float] = time.monotonic,
+        exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
+        self._exit_process = exit_process
         self._scorer = scorer
         self._timeout_s = timeout_s
         self._token_budget = token_budget
@@ -183,13 +190,17 @@ class ScorerReplica:
 
     async def _isolate(self, batch: Sequence[_Waiting], error: Exception) -> None:
         """A batch failed: score its groups one by one, so that only the culprit's caller knows."""
-        if len(batch) > 1:
+        if isinstance(error, ScoringError) and error.lost:
+            logger.critical("the engine died; this replica exits with it")
+            self._exit_process(EXIT_DEAD_ENGINE)
+        elif len(batch) > 1:
             for item in batch:
                 await self._run([item])
             return
         logger.error("scoring failed (%s)", type(error).__name__, exc_info=error)
-        if not batch[0].result.done():
-            batch[0].result.set_exception(error)
+        for item in batch:
+            if not item.result.done():
+                item.result.set_exception(error)
 
     def _count(self, scores: Sequence[GroupScores]) -> None:
         if self._metrics is None:

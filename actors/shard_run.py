@@ -7,8 +7,12 @@
     heartbeat every third of the lease --> "stop" or lost: rows are cancelled, shard released
 
 A shard that was leased before counts the starts of its rows: a row that runner after runner did not
-survive is given up. The shard ends sealed, or handed back with what was committed; another runner
-that takes it over goes on with the rows that are missing.
+survive is given up. Rows that a runner may have died of come last and alone, so that they alone are
+counted. The shard ends sealed, or handed back with what was committed; another runner that takes it
+over goes on with the rows that are missing.
+
+While the store is away everything waits, and what was computed is kept: once it is back, the lease
+either still holds, or is lost to another runner. No budget of a row is touched by that.
 """
 
 from __future__ import annotations
@@ -17,16 +21,21 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from actors.batch_rows import RowWorker
-from mora_serve.errors import LeaseLostError, MoraError
+from actors.batch_rows import RowWorker, backoff_s
+from actors.isolation import Place
+from mora_serve.errors import LeaseLostError, MoraError, StorageError
 from mora_serve.ports import Lease
 from mora_serve.store import Stores
 from mora_serve.store.batch_input import Line, split_lines
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,8 @@ class ShardLimits:
     max_stream_tail: int
     poll_interval_s: float
     max_line_bytes: int
+    storage_timeout_s: float
+    """How long a step is repeated while the store fails; longer outages hand the shard back."""
 
 
 def duplicates_key(batch_id: str, first_line: int) -> str:
@@ -92,11 +103,7 @@ class ShardRun:
                 await self._stores.batches.release(self.lease)
 
     async def _rows(self) -> bool:
-        """Work on every missing row; False when the runner stops before all were started.
-
-        Rows that a runner may have died of come last and one at a time, so that they alone are
-        counted as tried.
-        """
+        """Work on every missing row; False when the runner stops before all were started."""
         duplicates = await self._duplicates()
         suspects: list[Line] = []
         tasks: set[asyncio.Task[None]] = set()
@@ -107,14 +114,14 @@ class ShardRun:
                         continue
                     if self.lease.tries.get(line.number, 0) > 0:
                         suspects.append(line)
-                    elif not await self._start(line, duplicates, tasks):
+                    elif not await self._start(line, line.number in duplicates, tasks):
                         await _join(tasks)
                         return False
             if not suspects:
                 self._mark_started()
             await _join(tasks)
             for line in suspects:
-                if not await self._start(line, duplicates, tasks):
+                if not await self._start(line, line.number in duplicates, tasks, Place.ALONE):
                     return False
                 await _join(tasks)
         finally:
@@ -122,7 +129,11 @@ class ShardRun:
         return True
 
     async def _start(
-        self, line: Line, duplicates: frozenset[int], tasks: set[asyncio.Task[None]]
+        self,
+        line: Line,
+        duplicate: bool,
+        tasks: set[asyncio.Task[None]],
+        place: Place = Place.TOGETHER,
     ) -> bool:
         """Start a row once it has room and a permit; False when the runner stops instead."""
         await self._room()
@@ -130,22 +141,48 @@ class ShardRun:
         if self._stopping.is_set():
             self._permits.release()
             return False
-        task = asyncio.create_task(self._row(line, line.number in duplicates))
+        task = asyncio.create_task(self._row(line, duplicate, place))
         task.add_done_callback(lambda _: self._permits.release())
         tasks.add(task)
         _raise_first(tasks)
         return True
 
-    async def _row(self, line: Line, duplicate: bool) -> None:
-        batches, taken_over = self._stores.batches, self.lease.token > 1
-        tries = await batches.count_try(self.lease, line.number) if taken_over else 0
+    async def _row(self, line: Line, duplicate: bool, place: Place) -> None:
+        batches, counted = self._stores.batches, False
+
+        async def count_try() -> int:
+            nonlocal counted
+            tries = await self._lasting(lambda: batches.count_try(self.lease, line.number))
+            counted = True
+            return tries
+
+        taken_over = self.lease.token > 1
         try:
-            commit = await self._worker.run(line, duplicate=duplicate, tries=tries)
-            await batches.commit_row(self.lease, commit)
-        except asyncio.CancelledError:
-            if taken_over:
-                await batches.forget_try(self.lease, line.number)
+            commit = await self._worker.run(
+                line, duplicate=duplicate, place=place, begin=count_try if taken_over else None
+            )
+            await self._lasting(lambda: batches.commit_row(self.lease, commit))
+        except (asyncio.CancelledError, MoraError):
+            if counted:
+                with contextlib.suppress(MoraError):
+                    await batches.forget_try(self.lease, line.number)
             raise
+
+    async def _lasting(self, step: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a step of the store, which is safe to do, until it answers or for too long."""
+        failures, deadline = 0, time.monotonic() + self._limits.storage_timeout_s
+        while True:
+            try:
+                return await step()
+            except LeaseLostError:
+                raise
+            except StorageError as error:
+                failures += 1
+                pause_s = backoff_s(failures, error)
+                if time.monotonic() + pause_s > deadline:
+                    raise
+                log.warning("storage failed, trying again: %s", error)
+                await asyncio.sleep(pause_s)
 
     def _mark_started(self) -> None:
         self.all_started = True
@@ -167,11 +204,12 @@ class ShardRun:
     async def _room(self) -> None:
         """Wait while the pair tail is full: what is sealed can go, the rest waits for readers."""
         batch_id, pairs = self.lease.batch_id, self._stores.pairs
+        most = self._limits.max_stream_tail
         while not self._stopping.is_set():
-            if await pairs.tail_length(batch_id) < self._limits.max_stream_tail:
+            if await self._lasting(lambda: pairs.tail_length(batch_id)) < most:
                 return
-            await pairs.seal(batch_id, everything=True)
-            if await pairs.tail_length(batch_id) < self._limits.max_stream_tail:
+            await self._lasting(lambda: pairs.seal(batch_id, everything=True))
+            if await self._lasting(lambda: pairs.tail_length(batch_id)) < most:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._limits.poll_interval_s):
@@ -181,7 +219,7 @@ class ShardRun:
         ttl_s = self._limits.lease_ttl_s
         while True:
             await asyncio.sleep(ttl_s / 3)
-            if not await self._stores.batches.heartbeat(self.lease, ttl_s):
+            if not await self._lasting(lambda: self._stores.batches.heartbeat(self.lease, ttl_s)):
                 return
 
 

@@ -77,7 +77,9 @@ class VllmProcess:
             raise InvalidRequestError(
                 f"the engine refused the request ({type(error).__name__})"
             ) from error
-        except (EngineDeadError, EngineGenerateError) as error:
+        except EngineDeadError as error:
+            raise self._failure("the engine died while it worked on the request", True) from error
+        except EngineGenerateError as error:
             raise self._failure("the engine failed while it worked on the request") from error
         finally:
             await stream.aclose()

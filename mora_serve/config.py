@@ -150,8 +150,12 @@ class RunnerSettings(Section):
     max_in_flight_rows: int = Field(default=8, ge=1)
     max_stream_tail: int = Field(default=10_000, ge=1)
     """Unsealed pairs kept in Redis per batch before runners wait for readers."""
-    max_infra_retries: int = Field(default=5, ge=0)
+    max_infra_retries: int = Field(default=8, ge=0)
+    """Repeats of a row that engines answer with an error, half a minute's worth of backoff."""
+    unavailable_timeout_s: Positive = 900.0
+    """How long a row waits while nothing answers it: full queues, no replica, no storage."""
     max_poison_tries: int = Field(default=3, ge=1)
+    """Engines, or else runners, that may end under a row before it is given up."""
     poll_interval_s: Positive = 0.5
     completion_window_s: Positive = 86_400.0
     replica: ReplicaSettings = ReplicaSettings(min_replicas=1, max_replicas=2)

@@ -52,12 +52,28 @@ class OverloadedError(MoraError):
         return self.message
 
 
-class GenerationError(MoraError):
-    """An engine could not answer although the request was valid; retryable."""
+class ReplicaError(MoraError):
+    """An engine could not answer although what it was asked is valid; retryable.
+
+    ``lost``: the engine or its process ended *under* the call, which may be the reason why it
+    ended. Such a call is repeated by those only who know what else was in it.
+    """
+
+    def __init__(self, message: str, lost: bool = False) -> None:
+        super().__init__(message, lost)
+        self.message = message
+        self.lost = lost
+
+    def __str__(self) -> str:
+        return self.message
 
 
-class ScoringError(MoraError):
-    """A scorer could not answer although the rows were valid; retryable."""
+class GenerationError(ReplicaError):
+    """A generator could not answer."""
+
+
+class ScoringError(ReplicaError):
+    """A scorer could not answer."""
 
 
 class CalibrationError(MoraError):

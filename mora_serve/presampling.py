@@ -18,9 +18,16 @@ from mora_serve.calibration import Calibrator, calibrate_group
 from mora_serve.concurrency import MicroBatcher
 from mora_serve.config import MethodSettings
 from mora_serve.diagnostics import Diagnostic, diagnose_group, needs_more
-from mora_serve.errors import GenerationError, MoraError, OverloadedError, ScoringError
+from mora_serve.errors import (
+    GenerationError,
+    MoraError,
+    OverloadedError,
+    ReplicaError,
+    ScoringError,
+)
 from mora_serve.identity import prompt_id
 from mora_serve.ports import Generator, Scorer
+from mora_serve.row_codes import ENGINE_LOST
 from mora_serve.types import (
     Completion,
     Dimension,
@@ -225,8 +232,11 @@ VERSION_CHANGED = Failure(
 
 
 def _failed(code: str, error: MoraError) -> PromptFailedError:
-    overloaded = isinstance(error, OverloadedError)
-    return PromptFailedError(Failure("overloaded" if overloaded else code, str(error), True))
+    if isinstance(error, OverloadedError):
+        code = "overloaded"
+    elif isinstance(error, ReplicaError) and error.lost:
+        code = ENGINE_LOST
+    return PromptFailedError(Failure(code, str(error), True))
 
 
 def merge_groups(first: ScoredGroup, second: ScoredGroup) -> ScoredGroup:

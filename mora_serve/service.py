@@ -49,6 +49,7 @@ from mora_serve.requests import (
 )
 from mora_serve.rewrite_flow import RewriteFlow
 from mora_serve.rewriting import build_rewriters
+from mora_serve.row_codes import ENGINE_LOST
 from mora_serve.types import Completion, Dimension, Failure, Messages, Score
 from mora_serve.wire import JSON
 
@@ -316,9 +317,10 @@ class MoraService:
             classes = {body["original"]["class"]: 1}
             return RowResult(body, pairs, _batch_usage(body["usage"]), classes)
         body = await self.diagnose_list(request, include_rollouts=False)
-        for item in body["data"]:
-            if item["error"] is not None and item["error"]["type"] == "server_error":
-                raise GenerationError(item["error"]["message"])
+        failed = [item["error"] for item in body["data"] if item["error"] is not None]
+        for error in sorted(failed, key=lambda error: error["code"] != ENGINE_LOST):
+            if error["type"] == "server_error":
+                raise GenerationError(error["message"], lost=error["code"] == ENGINE_LOST)
         return RowResult(body, (), _batch_usage(body["usage"]), body["aggregate"]["classes"])
 
     async def _require_model(self, model: str) -> None:
@@ -354,6 +356,8 @@ def _raise_if_all_failed(items: Sequence[JSON]) -> None:
 def _as_request_error(failure: Failure, param: str | None) -> Exception:
     if failure.code == "overloaded":
         return OverloadedError(failure.message, RETRY_AFTER_S)
+    if failure.code == ENGINE_LOST:
+        return GenerationError(failure.message, lost=True)
     if failure.code == "scoring_failed":
         return ScoringError(failure.message)
     if failure.retryable:

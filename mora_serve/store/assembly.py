@@ -15,6 +15,7 @@ from typing import Any
 from mora_serve.errors import StorageError
 from mora_serve.ports import BlobStore, Lease
 from mora_serve.requests import custom_id_of
+from mora_serve.row_codes import BATCH_EXPIRED
 from mora_serve.store.batch_input import row_id, split_lines
 from mora_serve.store.pair_stream import LedgerPairs
 from mora_serve.store.shapes import json_lines, lease_lost
@@ -128,7 +129,7 @@ class Assembly:
 
 def _expired_row(batch_id: str, line: int, data: bytes | None) -> StoredRow:
     error = {
-        "code": "batch_expired",
+        "code": BATCH_EXPIRED,
         "message": "the completion window ended before the row was worked on",
         "line": line + 1,
     }

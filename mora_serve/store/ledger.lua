@@ -294,9 +294,27 @@ function steps.shard_rows(id, shard)
   return call('HGETALL', key(id, 'rows:' .. shard))
 end
 
-function steps.count_try(id, shard, token, line, change)
+-- A row's tries: '<count>:<token of the last one>'. A lease begins a row once at most.
+local function tries_of(id, shard, line)
+  local entry = call('HGET', key(id, 'tries:' .. shard), line) or '0:'
+  local count, last = string.match(entry, '^(%d+):(.*)$')
+  return number(count), last
+end
+
+function steps.count_try(id, shard, token, line)
   if not held(id, shard, token) then return 0 end
-  return call('HINCRBY', key(id, 'tries:' .. shard), line, change)
+  local count, last = tries_of(id, shard, line)
+  if last == token then return count end
+  call('HSET', key(id, 'tries:' .. shard), line, whole(count + 1) .. ':' .. token)
+  return count + 1
+end
+
+-- Without the lease as well: whoever lost it still knows that it did not die of the row.
+function steps.forget_try(id, shard, token, line)
+  local count, last = tries_of(id, shard, line)
+  if last ~= token then return 0 end
+  call('HSET', key(id, 'tries:' .. shard), line, whole(count - 1) .. ':')
+  return 1
 end
 
 function steps.seal_shard(id, shard, token, sealed, num_rows, num_extra)

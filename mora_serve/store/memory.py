@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
@@ -36,7 +35,8 @@ class _Shard:
     worker: str | None = None
     expires_at: float = 0.0
     sealed: SealedShard | None = None
-    tries: Counter[int] = field(default_factory=Counter)
+    tries: dict[int, tuple[int, int | None]] = field(default_factory=dict)
+    """Line -> number of tries, and the token of the last one."""
 
     def leased(self, now: float) -> bool:
         return self.worker is not None and self.expires_at > now
@@ -254,13 +254,17 @@ class MemoryLedger:
         _, shard = self._held(lease)
         if shard is None:
             return 0
-        shard.tries[line] += 1
-        return shard.tries[line]
+        count, last = shard.tries.get(line, (0, None))
+        if last != lease.token:
+            count += 1
+            shard.tries[line] = (count, lease.token)
+        return count
 
     async def forget_try(self, lease: Lease, line: int) -> None:
-        _, shard = self._held(lease)
-        if shard is not None:
-            shard.tries[line] -= 1
+        shard = self._batches[lease.batch_id].shards[lease.shard]
+        count, last = shard.tries.get(line, (0, None))
+        if last == lease.token:
+            shard.tries[line] = (count - 1, None)
 
     async def shard_rows(self, lease: Lease) -> list[StoredRow]:
         rows = self._batches[lease.batch_id].shards[lease.shard].rows
@@ -372,7 +376,8 @@ class MemoryLedger:
         shard.expires_at = self._clock() + ttl_s
         return Lease(
             str(batch.state.doc["id"]), index, shard.token, worker, shard.expires_at,
-            *shard.spec, done=frozenset(shard.rows), tries=dict(shard.tries),
+            *shard.spec, done=frozenset(shard.rows),
+            tries={line: count for line, (count, _) in shard.tries.items()},
         )  # fmt: skip
 
     def _held(self, lease: Lease) -> tuple[_Batch, _Shard | None]:

@@ -145,10 +145,10 @@ class RedisLedger:
         return "committed" if answer == b"committed" else _refused(answer, "repeated")
 
     async def count_try(self, lease: Lease, line: int) -> int:
-        return int(await self._step("count_try", *_held(lease), line, 1))
+        return int(await self._step("count_try", *_held(lease), line))
 
     async def forget_try(self, lease: Lease, line: int) -> None:
-        await self._step("count_try", *_held(lease), line, -1)
+        await self._step("forget_try", *_held(lease), line)
 
     async def shard_rows(self, lease: Lease) -> list[StoredRow]:
         found = _pairs(await self._step("shard_rows", lease.batch_id, lease.shard))
@@ -245,7 +245,7 @@ def _lease(reply: Any, worker: str) -> Lease | None:
     return Lease(
         batch_id.decode(), int(shard), int(token), worker, int(expires) / 1000,
         first, rows, offset, size, frozenset(int(line) for line in done),
-        {int(line): int(count) for line, count in _pairs(tries)},
+        {int(line): int(entry.split(b":")[0]) for line, entry in _pairs(tries)},
     )  # fmt: skip
 
 

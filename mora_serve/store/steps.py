@@ -157,8 +157,14 @@ class LedgerSteps(Protocol):
         """Committed rows of an unsealed shard, by line."""
         ...
 
-    async def count_try(self, lease: Lease, line: int) -> int: ...
-    async def forget_try(self, lease: Lease, line: int) -> None: ...
+    async def count_try(self, lease: Lease, line: int) -> int:
+        """Tries of the row, this lease's included; 0 when the lease is lost."""
+        ...
+
+    async def forget_try(self, lease: Lease, line: int) -> None:
+        """Take this lease's ``count_try`` back, also when the lease was lost since."""
+        ...
+
     async def seal_shard(
         self, lease: Lease, sealed: SealedShard, num_rows: int, num_extra: int
     ) -> Literal["sealed", "changed", "lost"]:

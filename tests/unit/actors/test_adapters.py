@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
-from ray.exceptions import ActorUnavailableError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError, WorkerCrashedError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from actors import adapters
-from actors.adapters import ServeGenerator, ServeScorer, translate
+from actors.adapters import ServeGenerator, ServeScorer, Tries, translate
 from mora_serve.errors import (
     GenerationError,
     InvalidRequestError,
@@ -42,6 +44,10 @@ def lost() -> Exception:
     return error
 
 
+def broken() -> Exception:
+    return raised_remotely(ValueError("a bug"))
+
+
 def raised_remotely(cause: Exception) -> RayTaskError:
     return RayTaskError("generate", "traceback", cause, proctitle="x", pid=1, ip="x")
 
@@ -58,18 +64,59 @@ async def test_a_list_is_cut_into_chunks_and_comes_back_in_order() -> None:
     assert results == await FakeGenerator().generate(requests)
 
 
-async def test_a_lost_replica_is_tried_again() -> None:
-    handle = Handle(FakeGenerator(), [lost(), lost()])
-    (result,) = await port(handle, max_tries=3).generate([request()])
+async def test_a_replica_that_fails_is_tried_again() -> None:
+    handle = Handle(FakeGenerator(), [broken(), broken()])
+    (result,) = await port(handle, tries=Tries(3)).generate([request()])
     assert isinstance(result, Generation)
     assert len(handle.calls) == 3
 
 
 async def test_the_retry_budget_is_kept() -> None:
-    handle = Handle(FakeGenerator(), [lost(), lost(), lost()])
-    with pytest.raises(GenerationError):
-        await port(handle, max_tries=2).generate([request()])
+    handle = Handle(FakeGenerator(), [broken(), broken(), broken()])
+    with pytest.raises(GenerationError) as caught:
+        await port(handle, tries=Tries(2)).generate([request()])
+    assert not caught.value.lost
     assert len(handle.calls) == 2
+
+
+@pytest.mark.parametrize("repeats", [0, 1])
+async def test_a_call_under_which_replicas_end_is_repeated_as_often_as_allowed(
+    repeats: int,
+) -> None:
+    handle = Handle(FakeGenerator(), [lost() for _ in range(5)])
+    with pytest.raises(GenerationError) as caught:
+        await port(handle, tries=Tries(5, lost_repeats=repeats)).generate([request()])
+    assert caught.value.lost
+    assert len(handle.calls) == 1 + repeats
+
+
+async def test_a_caller_who_waits_does_not_see_that_one_replica_was_lost() -> None:
+    handle = Handle(FakeGenerator(), [lost()])
+    (result,) = await port(handle).generate([request()])
+    assert isinstance(result, Generation)
+
+
+@pytest.mark.parametrize(
+    "error", [ActorDiedError(), ActorUnavailableError("away", None), WorkerCrashedError()]
+)
+def test_the_end_of_a_process_under_a_call_is_told_apart(error: Exception) -> None:
+    for cause in (error, raised_remotely(error)):
+        translated = translate(cause, GenerationError)
+        assert isinstance(translated, GenerationError)
+        assert translated.lost
+    assert not translate(ValueError(), GenerationError).lost  # type: ignore[attr-defined]
+
+
+def test_an_engine_that_died_inside_its_replica_stays_lost_on_its_way() -> None:
+    error = pickle.loads(pickle.dumps(GenerationError("the engine died", lost=True)))
+    translated = translate(raised_remotely(error), GenerationError)
+    assert isinstance(translated, GenerationError)
+    assert (translated.lost, str(translated)) == (True, "the engine died")
+
+
+def test_a_deployment_without_any_replica_is_overload_and_not_loss() -> None:
+    missing = DeploymentUnavailableError(DeploymentID("generator", "mora"))
+    assert isinstance(translate(missing, GenerationError), OverloadedError)
 
 
 async def test_a_request_at_fault_is_not_tried_again() -> None:
@@ -173,7 +220,7 @@ async def test_an_unknown_dimension_is_refused_by_name() -> None:
 async def test_a_scorer_that_stays_away_fails_the_call() -> None:
     _, scorer = scorers()
     await scorer.dimensions()
-    handles, scorer = scorers(two=[lost()] * 9)
+    handles, scorer = scorers(two=[broken()] * 9)
     with pytest.raises(ScoringError):
         await scorer.score([group()])
     assert len(handles["two"].calls) == adapters.DEFAULT_TRIES

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 from prometheus_client import CollectorRegistry
 
+from actors.generator import EXIT_DEAD_ENGINE
 from actors.metrics import ScorerMetrics
 from actors.scorer import HANG_FACTOR, MAX_BATCHES, GroupScores, ScorerReplica, estimated_tokens
 from mora_serve.errors import InvalidRequestError, ScoringError
@@ -123,6 +124,22 @@ async def test_a_failing_group_fails_its_own_caller_only() -> None:
     assert len(results) == 5
     with pytest.raises(ValueError, match="broken"):
         await bad
+
+
+async def test_a_replica_ends_with_its_engine_and_tells_every_caller_that_it_was_lost() -> None:
+    def dead(*_: object) -> None:
+        raise ScoringError("the engine died", lost=True)
+
+    codes: list[int] = []
+    fake = FakeScorer(status=dead)
+    replica = ScorerReplica(fake, timeout_s=60.0, token_budget=1000, exit_process=codes.append)
+    await replica.start()
+    results = await asyncio.gather(
+        *(replica.score([group(text)]) for text in "abc"), return_exceptions=True
+    )
+    assert codes
+    assert set(codes) == {EXIT_DEAD_ENGINE}
+    assert all(isinstance(error, ScoringError) and error.lost for error in results)
 
 
 async def test_a_cancelled_call_stops_its_batch() -> None:

@@ -4,112 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from actors import batch_rows
 from actors.runner import BatchRunner
-from mora_serve.config import Settings, load_settings
-from mora_serve.errors import GenerationError, InvalidRequestError, ScoringError
+from mora_serve.errors import (
+    GenerationError,
+    InvalidRequestError,
+    OverloadedError,
+    ScoringError,
+    StorageError,
+)
 from mora_serve.fakes import FakeGenerator, FakeScorer
-from mora_serve.requests import MoraRequest, RewriteRequest
-from mora_serve.service import RowResult
 from mora_serve.store import Stores
 from tests.unit.store.ledger_driver import all_pairs, content
-
-Hook = Callable[[str, int], Any]
-
-
-class EchoService:
-    """Answers a row with its prompt and one pair. ``hook(prompt, call)`` may raise or wait."""
-
-    def __init__(self, hook: Hook | None = None) -> None:
-        self.calls: Counter[str] = Counter()
-        self.requests: list[RewriteRequest] = []
-        self.in_flight = 0
-        self.most_in_flight = 0
-        self._hook = hook
-
-    async def run_row(self, request: MoraRequest) -> RowResult:
-        assert isinstance(request, RewriteRequest)
-        prompt = str(request.prompt)
-        self.requests.append(request)
-        self.calls[prompt] += 1
-        self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        try:
-            await asyncio.sleep(0)
-            if self._hook is not None:
-                waiting = self._hook(prompt, self.calls[prompt])
-                if waiting is not None:
-                    await waiting
-        finally:
-            self.in_flight -= 1
-        return RowResult({"prompt": prompt}, ({"prompt": prompt},), {"output_tokens": 1})
-
-
-def _settings(**runner: Any) -> Settings:
-    section = {"poll_interval_s": 0.01, "shard_rows": 4, "lease_ttl_s": 30.0, **runner}
-    return load_settings("fake", overrides={"runner": section}, environ={})
-
-
-def _runner(stores: Stores, service: EchoService, name: str = "w1", **runner: Any) -> BatchRunner:
-    settings = _settings(**runner)
-    generator, scorer = FakeGenerator(), FakeScorer(settings.dimensions)
-    return BatchRunner(generator, scorer, stores, settings, name, service=service)
-
-
-@asynccontextmanager
-async def _running(*runners: BatchRunner) -> AsyncIterator[None]:
-    tasks = [asyncio.create_task(runner.run()) for runner in runners]
-    try:
-        async with asyncio.timeout(60):
-            yield
-    finally:
-        await asyncio.gather(*(runner.stop() for runner in runners))
-        await asyncio.gather(*tasks)
-
-
-def _line(number: int, **fields: Any) -> bytes:
-    row = {
-        "custom_id": f"r{number}",
-        "method": "POST",
-        "url": "/v1/rewrites",
-        "body": {"prompt": f"p{number}"},
-        **fields,
-    }
-    return json.dumps(row).encode()
-
-
-async def _submit(stores: Stores, lines: Sequence[bytes], name: str = "in", **options: Any) -> str:
-    data = b"\n".join(lines)
-    await stores.blobs.put(f"files/{name}", data)
-    file = {"id": f"file-{name}", "purpose": "batch", "bytes": len(data)}
-    await stores.batches.put_file(file, f"files/{name}")
-    batch = await stores.batches.create_batch(
-        {"endpoint": "/v1/rewrites", "input_file_id": f"file-{name}"}, options, None, "hash"
-    )
-    return str(batch["id"])
-
-
-async def _ended(stores: Stores, batch_id: str) -> dict[str, Any]:
-    while True:
-        batch = await stores.batches.get_batch(batch_id)
-        if batch["status"] in ("completed", "failed", "cancelled", "expired"):
-            return batch
-        await asyncio.sleep(0.01)
+from tests.unit.store.runner_driver import (
+    EchoService,
+    Hook,
+    ended,
+    make_runner,
+    make_settings,
+    row_line,
+    running,
+    submit,
+)
 
 
 async def test_every_row_appears_exactly_once_in_input_order(stores: Stores) -> None:
     service = EchoService()
-    batch_id = await _submit(stores, [_line(number) for number in range(23)])
-    async with _running(_runner(stores, service), _runner(stores, service, "w2")):
-        batch = await _ended(stores, batch_id)
+    batch_id = await submit(stores, [row_line(number) for number in range(23)])
+    async with running(make_runner(stores, service), make_runner(stores, service, "w2")):
+        batch = await ended(stores, batch_id)
     assert batch["status"] == "completed"
     assert batch["request_counts"] == {"total": 23, "completed": 23, "failed": 0}
     assert batch["error_file_id"] is None
@@ -126,11 +53,11 @@ async def test_every_row_appears_exactly_once_in_input_order(stores: Stores) -> 
 
 async def test_a_fake_backed_batch_completes_with_pairs() -> None:
     stores = Stores.memory()
-    settings = _settings()
+    settings = make_settings()
     runner = BatchRunner(FakeGenerator(), FakeScorer(settings.dimensions), stores, settings, "w1")
-    batch_id = await _submit(stores, [_line(number) for number in range(6)])
-    async with _running(runner):
-        batch = await _ended(stores, batch_id)
+    batch_id = await submit(stores, [row_line(number) for number in range(6)])
+    async with running(runner):
+        batch = await ended(stores, batch_id)
     assert batch["request_counts"]["completed"] == 6
     assert batch["usage"]["output_tokens"] > 0
     output = await content(stores, batch["output_file_id"])
@@ -140,18 +67,18 @@ async def test_a_fake_backed_batch_completes_with_pairs() -> None:
 
 async def test_bad_rows_end_in_the_error_file_and_stop_nothing(stores: Stores) -> None:
     lines = [
-        _line(0),
+        row_line(0),
         b'{"custom_id": "broken"',
-        _line(2, method="GET"),
-        _line(3, url="/v1/scores"),
-        _line(4, body={"prompt": "x", "n": 0}),
-        _line(0),
-        _line(6),
+        row_line(2, method="GET"),
+        row_line(3, url="/v1/scores"),
+        row_line(4, body={"prompt": "x", "n": 0}),
+        row_line(0),
+        row_line(6),
         b"",
     ]
-    batch_id = await _submit(stores, lines)
-    async with _running(_runner(stores, EchoService())):
-        batch = await _ended(stores, batch_id)
+    batch_id = await submit(stores, lines)
+    async with running(make_runner(stores, EchoService())):
+        batch = await ended(stores, batch_id)
     assert batch["status"] == "completed"
     assert batch["request_counts"] == {"total": 7, "completed": 2, "failed": 5}
     errors = await content(stores, batch["error_file_id"])
@@ -173,9 +100,9 @@ async def test_a_fault_that_the_service_finds_is_a_row_error(stores: Stores) -> 
             raise InvalidRequestError("the prompt must fit", "prompt", "context_length_exceeded")
 
     service = EchoService(hook)
-    batch_id = await _submit(stores, [_line(number) for number in range(3)])
-    async with _running(_runner(stores, service)):
-        batch = await _ended(stores, batch_id)
+    batch_id = await submit(stores, [row_line(number) for number in range(3)])
+    async with running(make_runner(stores, service)):
+        batch = await ended(stores, batch_id)
     errors = await content(stores, batch["error_file_id"])
     assert [item["error"]["code"] for item in errors] == ["context_length_exceeded"]
     assert service.calls["p1"] == 1
@@ -186,26 +113,26 @@ async def test_a_fault_that_the_service_finds_is_a_row_error(stores: Stores) -> 
     [
         (b"", "empty_file", None),
         (b"\n  \n", "empty_file", None),
-        (_line(0) + b"\n\xff\xfe\n", "invalid_encoding", 2),
+        (row_line(0) + b"\n\xff\xfe\n", "invalid_encoding", 2),
     ],
 )
 async def test_a_file_at_fault_fails_the_batch_and_names_the_line(
     data: bytes, code: str, line: int | None
 ) -> None:
     stores = Stores.memory()
-    batch_id = await _submit(stores, [data])
-    async with _running(_runner(stores, EchoService())):
-        batch = await _ended(stores, batch_id)
+    batch_id = await submit(stores, [data])
+    async with running(make_runner(stores, EchoService())):
+        batch = await ended(stores, batch_id)
     assert batch["status"] == "failed"
     assert [(item["code"], item["line"]) for item in batch["errors"]["data"]] == [(code, line)]
 
 
 async def test_defaults_lie_under_each_rows_body() -> None:
     stores, service = Stores.memory(), EchoService()
-    lines = [_line(0), _line(1, body={"prompt": "p1", "n": 2})]
-    batch_id = await _submit(stores, lines, defaults={"n": 5, "temperature": 0.5})
-    async with _running(_runner(stores, service)):
-        await _ended(stores, batch_id)
+    lines = [row_line(0), row_line(1, body={"prompt": "p1", "n": 2})]
+    batch_id = await submit(stores, lines, defaults={"n": 5, "temperature": 0.5})
+    async with running(make_runner(stores, service)):
+        await ended(stores, batch_id)
     asked = {str(request.prompt): (request.n, request.temperature) for request in service.requests}
     assert asked == {"p0": (5, 0.5), "p1": (2, 0.5)}
 
@@ -224,9 +151,9 @@ async def test_infrastructure_failures_are_retried_within_their_budget() -> None
             raise ScoringError("the scorer is gone")
 
     stores, service = Stores.memory(), EchoService(hook)
-    batch_id = await _submit(stores, [_line(number) for number in range(3)])
-    async with _running(_runner(stores, service, max_infra_retries=3)):
-        batch = await _ended(stores, batch_id)
+    batch_id = await submit(stores, [row_line(number) for number in range(3)])
+    async with running(make_runner(stores, service, max_infra_retries=3)):
+        batch = await ended(stores, batch_id)
     assert batch["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
     errors = await content(stores, batch["error_file_id"])
     assert [(e["custom_id"], e["error"]["code"]) for e in errors] == [("r1", "service_unavailable")]
@@ -240,29 +167,35 @@ async def test_a_row_that_always_breaks_something_is_given_up_alone() -> None:
             raise ZeroDivisionError("secret prompt text")
 
     stores, service = Stores.memory(), EchoService(hook)
-    batch_id = await _submit(stores, [_line(number) for number in range(3)])
-    async with _running(_runner(stores, service, max_poison_tries=2)):
-        batch = await _ended(stores, batch_id)
+    batch_id = await submit(stores, [row_line(number) for number in range(3)])
+    async with running(make_runner(stores, service, max_poison_tries=2)):
+        batch = await ended(stores, batch_id)
     errors = await content(stores, batch["error_file_id"])
     assert [(e["custom_id"], e["error"]["code"]) for e in errors] == [("r1", "internal_error")]
     assert "secret" not in errors[0]["error"]["message"]
     assert service.calls["p1"] == 2
 
 
-def test_backoff_doubles_with_jitter_and_stays_bounded() -> None:
+def test_backoff_has_full_jitter_under_a_doubling_bound() -> None:
     error = GenerationError("gone")
     for failures in range(1, 12):
-        base = min(batch_rows.FIRST_BACKOFF_S * 2 ** (failures - 1), batch_rows.LAST_BACKOFF_S)
-        pauses = {batch_rows.backoff_s(failures, error) for _ in range(20)}
-        assert len(pauses) > 1
-        assert all(base / 2 <= pause <= base for pause in pauses)
+        bound = min(batch_rows.FIRST_BACKOFF_S * 2 ** (failures - 1), batch_rows.LAST_BACKOFF_S)
+        pauses = [batch_rows.backoff_s(failures, error) for _ in range(200)]
+        assert all(0.0 <= pause <= bound for pause in pauses)
+        assert min(pauses) < 0.2 * bound
+        assert max(pauses) > 0.8 * bound
+
+
+def test_backoff_keeps_to_what_a_full_queue_asked_for() -> None:
+    assert batch_rows.backoff_s(1, OverloadedError("full", 7.0)) == 7.0
+    assert batch_rows.backoff_s(10_000, StorageError("away")) <= batch_rows.LAST_BACKOFF_S
 
 
 async def test_rows_in_flight_are_bounded_over_all_shards() -> None:
     stores, service = Stores.memory(), EchoService()
-    batch_id = await _submit(stores, [_line(number) for number in range(40)])
-    async with _running(_runner(stores, service, max_in_flight_rows=3)):
-        await _ended(stores, batch_id)
+    batch_id = await submit(stores, [row_line(number) for number in range(40)])
+    async with running(make_runner(stores, service, max_in_flight_rows=3)):
+        await ended(stores, batch_id)
     assert service.most_in_flight == 3
 
 
@@ -276,9 +209,9 @@ async def test_further_shards_are_leased_while_permits_are_free() -> None:
         return three.wait()
 
     service = EchoService(hook)
-    batch_id = await _submit(stores, [_line(number) for number in range(3)])
-    async with _running(_runner(stores, service, shard_rows=1, max_in_flight_rows=3)):
-        assert (await _ended(stores, batch_id))["status"] == "completed"
+    batch_id = await submit(stores, [row_line(number) for number in range(3)])
+    async with running(make_runner(stores, service, shard_rows=1, max_in_flight_rows=3)):
+        assert (await ended(stores, batch_id))["status"] == "completed"
 
 
 async def test_two_batches_advance_side_by_side() -> None:
@@ -291,16 +224,16 @@ async def test_two_batches_advance_side_by_side() -> None:
 
     stores, service = Stores.memory(), EchoService(lambda prompt, _call: answer(prompt))
     ids = [
-        await _submit(stores, [_line(n, body={"prompt": f"{name}{n}"}) for n in range(30)], name)
+        await submit(stores, [row_line(n, body={"prompt": f"{name}{n}"}) for n in range(30)], name)
         for name in "ab"
     ]
-    async with _running(_runner(stores, service, shard_rows=30, max_in_flight_rows=4)):
+    async with running(make_runner(stores, service, shard_rows=30, max_in_flight_rows=4)):
         for batch_id in ids:
             while (await stores.batches.get_batch(batch_id))["status"] == "validating":
                 await asyncio.sleep(0.01)
         both_open.set()
         for batch_id in ids:
-            assert (await _ended(stores, batch_id))["status"] == "completed"
+            assert (await ended(stores, batch_id))["status"] == "completed"
     assert set(order[8:20]) == {"a", "b"}
 
 
@@ -308,10 +241,10 @@ async def test_rows_that_an_expired_batch_did_not_reach_are_in_its_error_file() 
     never = asyncio.Event()
     stores = Stores.memory()
     service = EchoService(lambda prompt, _call: never.wait() if prompt == "p2" else None)
-    lines = [_line(number) for number in range(6)]
-    batch_id = await _submit(stores, lines, completion_window_s=0.5)
-    async with _running(_runner(stores, service, max_in_flight_rows=1, lease_ttl_s=0.3)):
-        batch = await _ended(stores, batch_id)
+    lines = [row_line(number) for number in range(6)]
+    batch_id = await submit(stores, lines, completion_window_s=0.5)
+    async with running(make_runner(stores, service, max_in_flight_rows=1, lease_ttl_s=0.3)):
+        batch = await ended(stores, batch_id)
     assert batch["status"] == "expired"
     assert batch["request_counts"] == {"total": 6, "completed": 2, "failed": 4}
     assert len(await content(stores, batch["output_file_id"])) == 2
@@ -323,7 +256,7 @@ async def test_rows_that_an_expired_batch_did_not_reach_are_in_its_error_file() 
 
 async def test_a_row_that_no_runner_survives_is_given_up_alone(stores: Stores) -> None:
     never = asyncio.Event()
-    batch_id = await _submit(stores, [_line(number) for number in range(4)])
+    batch_id = await submit(stores, [row_line(number) for number in range(4)])
 
     def lethal(entered: asyncio.Event) -> Hook:
         def hook(prompt: str, _call: int) -> Any:
@@ -337,10 +270,10 @@ async def test_a_row_that_no_runner_survives_is_given_up_alone(stores: Stores) -
     for attempt in range(3):
         entered = asyncio.Event()
         service = EchoService(lethal(entered))
-        doomed = _runner(stores, service, f"w{attempt}", lease_ttl_s=0.2, max_poison_tries=2)
+        doomed = make_runner(stores, service, f"w{attempt}", lease_ttl_s=0.2, max_poison_tries=2)
         await _crash_when(stores, doomed, entered)
-    async with _running(_runner(stores, EchoService(), "last", max_poison_tries=2)):
-        batch = await _ended(stores, batch_id)
+    async with running(make_runner(stores, EchoService(), "last", max_poison_tries=2)):
+        batch = await ended(stores, batch_id)
     assert batch["request_counts"] == {"total": 4, "completed": 3, "failed": 1}
     errors = await content(stores, batch["error_file_id"])
     assert [(e["custom_id"], e["error"]["code"]) for e in errors] == [("r1", "runner_lost")]
@@ -348,9 +281,9 @@ async def test_a_row_that_no_runner_survives_is_given_up_alone(stores: Stores) -
 
 async def test_rows_wait_while_the_pair_tail_is_full() -> None:
     stores, service = Stores.memory(), EchoService()
-    batch_id = await _submit(stores, [_line(number) for number in range(20)])
+    batch_id = await submit(stores, [row_line(number) for number in range(20)])
     await stores.pairs.register_reader(batch_id, "slow", -1)
-    async with _running(_runner(stores, service, max_stream_tail=5, max_in_flight_rows=2)):
+    async with running(make_runner(stores, service, max_stream_tail=5, max_in_flight_rows=2)):
         while await stores.pairs.tail_length(batch_id) < 5:
             await asyncio.sleep(0.01)
         for _ in range(20):
@@ -358,7 +291,7 @@ async def test_rows_wait_while_the_pair_tail_is_full() -> None:
             assert await stores.pairs.tail_length(batch_id) <= 7
         await stores.pairs.register_reader(batch_id, "slow", 3)
         await stores.pairs.unregister_reader(batch_id, "slow")
-        batch = await _ended(stores, batch_id)
+        batch = await ended(stores, batch_id)
     assert batch["request_counts"]["completed"] == 20
     assert len(await all_pairs(stores, batch_id)) == 20
 
@@ -373,11 +306,11 @@ async def test_cancelling_stops_running_rows_and_keeps_finished_ones() -> None:
         return None
 
     stores, service = Stores.memory(), EchoService(hook)
-    batch_id = await _submit(stores, [_line(number) for number in range(3)])
-    async with _running(_runner(stores, service, lease_ttl_s=0.3, max_in_flight_rows=1)):
+    batch_id = await submit(stores, [row_line(number) for number in range(3)])
+    async with running(make_runner(stores, service, lease_ttl_s=0.3, max_in_flight_rows=1)):
         await entered.wait()
         await stores.batches.cancel_batch(batch_id)
-        batch = await _ended(stores, batch_id)
+        batch = await ended(stores, batch_id)
     assert batch["status"] == "cancelled"
     assert batch["request_counts"] == {"total": 3, "completed": 2, "failed": 0}
     assert service.in_flight == 0
@@ -395,11 +328,11 @@ async def test_a_crashed_runners_shard_is_resumed_without_its_finished_rows(
         return None
 
     crashing, resuming = EchoService(hook), EchoService()
-    batch_id = await _submit(stores, [_line(number) for number in range(6)])
-    doomed = _runner(stores, crashing, "dead", max_in_flight_rows=1, lease_ttl_s=0.3)
+    batch_id = await submit(stores, [row_line(number) for number in range(6)])
+    doomed = make_runner(stores, crashing, "dead", max_in_flight_rows=1, lease_ttl_s=0.3)
     await _crash_when(stores, doomed, entered)
-    async with _running(_runner(stores, resuming, "alive")):
-        batch = await _ended(stores, batch_id)
+    async with running(make_runner(stores, resuming, "alive")):
+        batch = await ended(stores, batch_id)
     output = await content(stores, batch["output_file_id"])
     assert [item["custom_id"] for item in output] == [f"r{number}" for number in range(6)]
     assert [pair["seq"] for pair in await all_pairs(stores, batch_id)] == list(range(6))
@@ -433,8 +366,8 @@ async def test_a_stopped_runner_finishes_its_rows_and_hands_the_rest_back() -> N
         return go.wait()
 
     stores, service = Stores.memory(), EchoService(hook)
-    batch_id = await _submit(stores, [_line(number) for number in range(4)])
-    runner = _runner(stores, service, max_in_flight_rows=2)
+    batch_id = await submit(stores, [row_line(number) for number in range(4)])
+    runner = make_runner(stores, service, max_in_flight_rows=2)
     task = asyncio.create_task(runner.run())
     await entered.wait()
     stopping = asyncio.create_task(runner.stop())
@@ -452,4 +385,4 @@ async def test_a_stopped_runner_finishes_its_rows_and_hands_the_rest_back() -> N
 
 async def test_stopping_a_runner_that_never_ran_returns() -> None:
     async with asyncio.timeout(5):
-        await _runner(Stores.memory(), EchoService()).stop()
+        await make_runner(Stores.memory(), EchoService()).stop()

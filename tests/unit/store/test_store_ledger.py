@@ -363,3 +363,27 @@ async def test_a_commit_must_be_an_output_or_an_error(stores: Stores) -> None:
     object.__setattr__(both, "error", b"{}")
     with pytest.raises(ValueError, match="exactly one"):
         await stores.batches.commit_row(held, both)
+
+
+async def test_a_try_is_counted_once_per_lease_and_forgotten_by_whoever_counted_it(
+    stores: Stores,
+) -> None:
+    await open_batch(stores, [4])
+    first = await lease(stores)
+    assert await stores.batches.count_try(first, 2) == 1
+    assert await stores.batches.count_try(first, 2) == 1
+    await expire(stores, first)
+    second = await lease(stores, "other")
+    assert second.tries == {2: 1}
+    assert await stores.batches.count_try(second, 2) == 2
+    assert await stores.batches.count_try(first, 2) == 0
+    # Two runners at most know of a row: the one that lost it, and the one that has it.
+    await stores.batches.forget_try(second, 2)
+    await stores.batches.forget_try(second, 2)
+    await expire(stores, second)
+    third = await lease(stores)
+    assert third.tries == {2: 1}
+    assert await stores.batches.count_try(third, 2) == 2
+    await expire(stores, third)
+    await stores.batches.forget_try(third, 2)
+    assert (await lease(stores)).tries == {2: 1}

@@ -1,0 +1,102 @@
+"""A batch runner over stores, with services that answer as a test tells them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from actors.isolation import RowService
+from actors.runner import BatchRunner
+from mora_serve.config import Settings, load_settings
+from mora_serve.fakes import FakeGenerator, FakeScorer
+from mora_serve.requests import MoraRequest, RewriteRequest
+from mora_serve.service import RowResult
+from mora_serve.store import Stores
+
+Hook = Callable[[str, int], Any]
+
+
+class EchoService:
+    """Answers a row with its prompt and one pair. ``hook(prompt, call)`` may raise or wait."""
+
+    def __init__(self, hook: Hook | None = None) -> None:
+        self.calls: Counter[str] = Counter()
+        self.requests: list[RewriteRequest] = []
+        self.in_flight = 0
+        self.most_in_flight = 0
+        self._hook = hook
+
+    async def run_row(self, request: MoraRequest) -> RowResult:
+        assert isinstance(request, RewriteRequest)
+        prompt = str(request.prompt)
+        self.requests.append(request)
+        self.calls[prompt] += 1
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(0)
+            if self._hook is not None:
+                waiting = self._hook(prompt, self.calls[prompt])
+                if waiting is not None:
+                    await waiting
+        finally:
+            self.in_flight -= 1
+        return RowResult({"prompt": prompt}, ({"prompt": prompt},), {"output_tokens": 1})
+
+
+def make_settings(**runner: Any) -> Settings:
+    section = {"poll_interval_s": 0.01, "shard_rows": 4, "lease_ttl_s": 30.0, **runner}
+    return load_settings("fake", overrides={"runner": section}, environ={})
+
+
+def make_runner(
+    stores: Stores, service: RowService, name: str = "w1", **runner: Any
+) -> BatchRunner:
+    settings = make_settings(**runner)
+    generator, scorer = FakeGenerator(), FakeScorer(settings.dimensions)
+    return BatchRunner(generator, scorer, stores, settings, name, service=service)
+
+
+@asynccontextmanager
+async def running(*runners: BatchRunner) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(runner.run()) for runner in runners]
+    try:
+        async with asyncio.timeout(60):
+            yield
+    finally:
+        await asyncio.gather(*(runner.stop() for runner in runners))
+        await asyncio.gather(*tasks)
+
+
+def row_line(number: int, **fields: Any) -> bytes:
+    row = {
+        "custom_id": f"r{number}",
+        "method": "POST",
+        "url": "/v1/rewrites",
+        "body": {"prompt": f"p{number}"},
+        **fields,
+    }
+    return json.dumps(row).encode()
+
+
+async def submit(stores: Stores, lines: Sequence[bytes], name: str = "in", **options: Any) -> str:
+    data = b"\n".join(lines)
+    await stores.blobs.put(f"files/{name}", data)
+    file = {"id": f"file-{name}", "purpose": "batch", "bytes": len(data)}
+    await stores.batches.put_file(file, f"files/{name}")
+    batch = await stores.batches.create_batch(
+        {"endpoint": "/v1/rewrites", "input_file_id": f"file-{name}"}, options, None, "hash"
+    )
+    return str(batch["id"])
+
+
+async def ended(stores: Stores, batch_id: str) -> dict[str, Any]:
+    while True:
+        batch = await stores.batches.get_batch(batch_id)
+        if batch["status"] in ("completed", "failed", "cancelled", "expired"):
+            return batch
+        await asyncio.sleep(0.01)
