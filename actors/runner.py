@@ -1,11 +1,12 @@
 """The batch runner: validates new batches, works through shards, finishes batches.
 
-Two loops run side by side in one process; any number of runners may do so at once, the ledger keeps
-them apart::
+Three loops run side by side in one process; any number of runners may do so at once, the ledger
+keeps them apart::
 
     coordinate   claim validation -> scan the input -> open shards | fail
                  finalize batches that are due                        waits: poll, or a sealed shard
     work         lease a shard -> ShardRun (actors.shard_run)         waits: poll, or rows run dry
+    sweep        delete bytes that nothing needs any more             waits: poll
 
 Everything durable is in the stores; a runner that dies loses nothing but the rows in flight, which
 another one does again after the lease has run out.
@@ -73,6 +74,7 @@ class BatchRunner:
         self._idle.set()
         self._work_wake = asyncio.Event()
         self._coordinate_wake = asyncio.Event()
+        self._sweep_wake = asyncio.Event()
         self._shards: dict[asyncio.Task[bool], ShardRun] = {}
 
     async def run(self) -> None:
@@ -81,6 +83,7 @@ class BatchRunner:
         loops = [
             asyncio.create_task(self._loop(self._lease_next, self._work_wake)),
             asyncio.create_task(self._loop(self._coordinate, self._coordinate_wake)),
+            asyncio.create_task(self._loop(self._sweep, self._sweep_wake)),
         ]
         try:
             await asyncio.gather(*loops)
@@ -102,6 +105,7 @@ class BatchRunner:
         self._stopping.set()
         self._work_wake.set()
         self._coordinate_wake.set()
+        self._sweep_wake.set()
         await self._idle.wait()
 
     async def _loop(self, step: Callable[[], Awaitable[bool]], wake: asyncio.Event) -> None:
@@ -141,7 +145,7 @@ class BatchRunner:
         batch = await self._stores.batches.get_batch(lease.batch_id)
         options = await self._stores.batches.batch_options(lease.batch_id)
         try:
-            _, blob = await self._stores.batches.get_file(batch["input_file_id"])
+            _, blob = await self._stores.batches.batch_input(lease.batch_id)
         except NotFoundError as error:
             await self._stores.batches.release(lease)
             raise StorageError(f"the input file of {lease.batch_id} must exist: {error}") from error
@@ -185,10 +189,14 @@ class BatchRunner:
         finished = await batches.finalize_ready(self._worker_id, self._limits.lease_ttl_s)
         return batch is not None or bool(finished)
 
+    async def _sweep(self) -> bool:
+        await self._stores.batches.sweep()
+        return False
+
     async def _validate(self, batch: Mapping[str, Any]) -> None:
         batches, batch_id = self._stores.batches, str(batch["id"])
         try:
-            _, blob = await batches.get_file(batch["input_file_id"])
+            _, blob = await batches.batch_input(batch_id)
             shards, total = await self._scan(batch_id, blob)
         except NotFoundError:
             await batches.fail_batch(

@@ -8,12 +8,19 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from api.bodies import BatchRequest, ChatRequest, FileRegistration, FineTuningRequest
+from api.bodies import (
+    BatchRequest,
+    ChatRequest,
+    FileRegistration,
+    FineTuningRequest,
+    UploadCompletion,
+    UploadRequest,
+)  # fmt: skip
 from api.deps import Deps, build_context
 from api.errors import install_error_handlers
 from api.middleware import Authentication, BodyLimits, RequestContext
 from api.openapi import install_openapi
-from api.routes import batches, chat, files, fine_tuning, health, method, models
+from api.routes import batches, chat, files, fine_tuning, health, method, models, uploads
 from api.schemas import ErrorResponse
 from api.streaming import CLIENT_CLOSED_REQUEST, CLIENT_GONE, ClientGoneError
 from mora_serve import __version__
@@ -21,12 +28,13 @@ from mora_serve.remote_reward import RewardRequest
 from mora_serve.requests import BODIES
 
 ROUTERS = (
-    method.router, chat.router, models.router, files.router, batches.router, fine_tuning.router,
-    health.router,
+    method.router, chat.router, models.router, files.router, uploads.router,
+    batches.router, fine_tuning.router, health.router,
 )  # fmt: skip
 
 REQUEST_BODIES = (
-    *BODIES.values(), RewardRequest, ChatRequest, FileRegistration, BatchRequest, FineTuningRequest,
+    *BODIES.values(), RewardRequest, ChatRequest, FileRegistration, UploadRequest,
+    UploadCompletion, BatchRequest, FineTuningRequest,
 )  # fmt: skip
 
 DESCRIPTION = (
@@ -61,7 +69,10 @@ def create_app(deps: Deps) -> FastAPI:
         app.include_router(router, responses={"default": {"model": ErrorResponse}})
     server = deps.settings.server
     app.add_middleware(
-        BodyLimits, max_body_bytes=server.max_body_bytes, max_upload_bytes=server.max_upload_bytes
+        BodyLimits,
+        max_body_bytes=server.max_body_bytes,
+        max_upload_bytes=server.max_upload_bytes,
+        max_part_bytes=server.max_part_bytes,
     )
     app.add_middleware(Authentication, keys=[key.get_secret_value() for key in server.api_keys])
     app.add_middleware(RequestContext, metrics=deps.metrics, sets_request_id=deps.sets_request_id)

@@ -194,16 +194,46 @@ class ChatRequest(Body):
 FilePurpose = Literal["batch", "fine-tune"]
 
 
-class FileRegistration(Body):
+class Expiry(Body):
+    """When a file ends: between an hour and thirty days after it was created."""
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=3600, le=2_592_000)
+
+
+class FileForm(Body):
+    """The fields of an upload beside the file. Without ``expires_after`` it stays until deleted."""
+
+    purpose: FilePurpose
+    expires_after: Expiry | None = None
+
+
+class FileRegistration(FileForm):
     """``POST /v1/files`` with a JSON body: a file that is already in shared storage."""
 
     uri: Text = Field(min_length=1, max_length=2048)
-    purpose: FilePurpose
 
 
-class Expiry(Body):
-    anchor: Literal["created_at"]
-    seconds: int = Field(ge=3600, le=2_592_000)
+MimeType = Literal[
+    "application/gzip", "application/json", "application/jsonl", "application/octet-stream",
+    "application/vnd.apache.parquet", "application/x-gzip", "application/x-ndjson", "text/jsonl",
+    "text/plain",
+]  # fmt: skip
+
+
+class UploadRequest(FileForm):
+    """``POST /v1/uploads``: announces a file that will come in parts."""
+
+    bytes: int = Field(ge=1)
+    filename: Text = Field(min_length=1)
+    mime_type: MimeType
+
+
+class UploadCompletion(Body):
+    """``POST /v1/uploads/{id}/complete``: the parts in the order in which they form the file."""
+
+    part_ids: list[Text] = Field(min_length=1)
+    md5: Text | None = Field(None, pattern="^[0-9a-fA-F]{32}$")
 
 
 class BatchRequest(Body):

@@ -42,6 +42,8 @@ class Deps:
     """Name of this replica in merged metrics."""
     poll_interval_s: float = 0.5
     """How often event streams look at the store."""
+    keep_alive_s: float = 15.0
+    """Longest silence of an event stream."""
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     sets_request_id: bool = True
     """False where a server around us already puts ``x-request-id`` on every response."""

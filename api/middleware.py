@@ -33,6 +33,7 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/metrics"})
 FORM_OVERHEAD_BYTES = 64 * 1024
 """Room for the framing of a multipart form around an upload of the largest allowed size."""
 
+_PART_PATH = re.compile(r"^/v1/uploads/[^/]+/parts$")
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 
 
@@ -117,10 +118,13 @@ class Authentication:
 class BodyLimits:
     """Refuses a body over its limit by Content-Length, and by counting when there is none."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int, max_part_bytes: int
+    ) -> None:
         self._app = app
         self._max_body = max_body_bytes
         self._max_upload = max_upload_bytes
+        self._max_part = max_part_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -149,8 +153,11 @@ class BodyLimits:
 
     def _limit(self, scope: Scope, headers: Headers) -> tuple[int, int]:
         form = headers.get("content-type", "").lower().startswith("multipart/form-data")
-        if form and scope["path"] == "/v1/files" and scope["method"] == "POST":
-            return self._max_upload, FORM_OVERHEAD_BYTES
+        if form and scope["method"] == "POST":
+            if scope["path"] == "/v1/files":
+                return self._max_upload, FORM_OVERHEAD_BYTES
+            if _PART_PATH.match(scope["path"]):
+                return self._max_part, FORM_OVERHEAD_BYTES
         return self._max_body, 0
 
 

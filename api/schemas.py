@@ -304,14 +304,35 @@ class FileObject(Wire):
     filename: str
     purpose: Literal["batch", "batch_output", "fine-tune", "fine-tune-results"]
     status: Literal["uploaded", "processed", "error"]
-    expires_at: int | None = None
-    status_details: str | None = None
+    expires_at: int | None
+    status_details: str | None
 
 
 class FileDeleted(Wire):
     id: str
     object: Literal["file"]
     deleted: bool
+
+
+class Upload(Wire):
+    """A file that comes in parts."""
+
+    id: str
+    object: Literal["upload"]
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: Literal["batch", "fine-tune"]
+    status: Literal["pending", "completed", "cancelled", "expired"]
+    file: FileObject | None
+
+
+class UploadPart(Wire):
+    id: str
+    object: Literal["upload.part"]
+    created_at: int
+    upload_id: str
 
 
 class RequestCounts(Wire):
@@ -377,7 +398,8 @@ class Batch(Wire):
     request_counts: RequestCounts
     metadata: dict[str, str] | None
     usage: BatchUsage | None
-    model: str | None = None
+    model: str | None
+    """Policy version that was asked for by rows without one of their own; null for scores."""
 
 
 class BatchEvent(Wire):
@@ -390,7 +412,7 @@ class BatchEvent(Wire):
     classes: dict[str, int]
     pairs: int
     rate: float | None
-    """Rows per second since the batch started."""
+    """Rows per second over the last minute; null when none ended in it, or the batch is over."""
     eta_s: float | None
     """Seconds until all rows are done at this rate."""
 

@@ -159,6 +159,8 @@ def sse_event(value: Any, event: str | None = None, event_id: str | None = None)
     return head.encode() + b"data: " + dump_json(value) + b"\n\n"
 
 
+SSE_KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment: readers ignore it, and nothing on the way takes the connection for a dead one."""
 SSE_DONE = b"data: [DONE]\n\n"
 
 

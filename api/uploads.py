@@ -7,7 +7,7 @@ more of the request, so a slow disk slows the client and nothing piles up in bet
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -16,21 +16,28 @@ from api.errors import BodyTooLargeError
 from mora_serve.errors import InvalidRequestError
 from mora_serve.validation import shown
 
-FIELDS = frozenset({"file", "purpose"})
-"""Every field an upload may have; one that would be ignored is refused by name."""
 MAX_FIELD_BYTES = 4096
 MAX_HEADERS = 16
 MAX_HEADER_BYTES = 8192
 
 
 class Upload:
-    """One multipart form with one file part.
+    """One multipart form with one file part, named ``file``; other parts are ``fields``.
 
     Use: ``await find_file()``, consume ``file_chunks()``, then ``await finish()``; ``fields`` and
-    ``filename`` are complete after that (fields may come after the file).
+    ``filename`` are complete after that (fields may come after the file). A part that would be
+    ignored is refused by name.
     """
 
-    def __init__(self, content_type: str, body: AsyncIterator[bytes], max_bytes: int) -> None:
+    def __init__(
+        self,
+        content_type: str,
+        body: AsyncIterator[bytes],
+        max_bytes: int,
+        *,
+        file: str,
+        fields: Collection[str] = (),
+    ) -> None:
         _, options = parse_options_header(content_type)
         boundary = options.get(b"boundary", b"")
         if not boundary:
@@ -39,6 +46,8 @@ class Upload:
         self.filename: str | None = None
         self.num_bytes = 0
         self._max_bytes = max_bytes
+        self._file_name = file
+        self._field_names = fields
         self._body = body
         self._chunks: deque[bytes] = deque()
         self._in_file = False
@@ -73,7 +82,10 @@ class Upload:
         """Read until the file part begins. Raises ``InvalidRequestError`` when there is none."""
         while self.filename is None:
             if not await self._read():
-                raise InvalidRequestError("file is required.", "file", "missing_required_parameter")
+                name = self._file_name
+                raise InvalidRequestError(
+                    f"{name} is required.", name, "missing_required_parameter"
+                )
 
     async def file_chunks(self) -> AsyncIterator[bytes]:
         """The file's bytes. Raises ``BodyTooLargeError`` above the limit."""
@@ -124,15 +136,17 @@ class Upload:
     def _on_headers_finished(self) -> None:
         _, options = parse_options_header(self._headers.get("content-disposition", b""))
         self._name = options.get(b"name", b"").decode("utf-8", "replace")
-        if self._name not in FIELDS:
+        self._in_file = self._name == self._file_name
+        if not self._in_file and self._name not in self._field_names:
             name = shown(self._name)
             raise InvalidRequestError(
                 f"{name} is not a field of this request", name or None, "unknown_parameter"
             )
-        self._in_file = self._name == "file"
         if self._in_file:
             if self.filename is not None:
-                raise InvalidRequestError("file must be given once.", "file", "invalid_value")
+                raise InvalidRequestError(
+                    f"{self._name} must be given once.", self._name, "invalid_value"
+                )
             self.filename = options.get(b"filename", b"").decode("utf-8", "replace") or "upload"
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
@@ -142,7 +156,9 @@ class Upload:
             return
         self.num_bytes += end - start
         if self.num_bytes > self._max_bytes:
-            raise BodyTooLargeError(f"file must be at most {self._max_bytes} bytes.", "file")
+            raise BodyTooLargeError(
+                f"{self._name} must be at most {self._max_bytes} bytes.", self._name
+            )
         self._chunks.append(data[start:end])
 
     def _on_part_end(self) -> None:

@@ -46,7 +46,13 @@ class ServerSettings(Section):
     """Limit of JSON bodies; uploads have ``max_upload_bytes``."""
     max_upload_bytes: int = Field(default=512 * 2**20, ge=1024)
     max_uploads: int = Field(default=4, ge=1)
-    """Concurrent file uploads per gateway replica."""
+    """Concurrent uploads of files, or of parts, per gateway replica."""
+    max_part_bytes: int = Field(default=64 * 2**20, ge=1024)
+    """One part of an upload in parts."""
+    max_parts_bytes: int = Field(default=8 * 2**30, ge=1024)
+    """All parts of an upload together."""
+    upload_lifetime_s: int = Field(default=3600, ge=1)
+    """An upload in parts that is not completed within this time expires."""
     max_prompts: int = Field(default=256, ge=1)
     """Prompts in one synchronous request."""
     max_rows: int = Field(default=10_000, ge=1)
@@ -158,6 +164,14 @@ class RunnerSettings(Section):
     """Engines, or else runners, that may end under a row before it is given up."""
     poll_interval_s: Positive = 0.5
     completion_window_s: Positive = 86_400.0
+    max_backlog_rows: int = Field(default=10_000_000, ge=1)
+    """Rows that unfinished batches may hold together; beyond it a new batch gets 429."""
+    max_backlog_bytes: int = Field(default=64 * 2**30, ge=1)
+    """Input bytes of those rows. A batch larger than a limit is admitted when it is alone."""
+    max_input_rows: int = Field(default=10_000_000, ge=1)
+    """Rows of one batch; a file with more fails."""
+    max_input_bytes: int = Field(default=16 * 2**30, ge=1)
+    """Bytes of one batch's rows as JSON lines, after decompression; a file with more fails."""
     replica: ReplicaSettings = ReplicaSettings(min_replicas=1, max_replicas=2)
 
 

@@ -166,6 +166,23 @@ class RowCommit:
     """Class counts to add to the batch's progress, for example ``{"multi": 1}``."""
 
 
+@dataclass(frozen=True, slots=True)
+class UploadState:
+    """An upload in parts, as stored."""
+
+    doc: dict[str, Any]
+    """Fields fixed at creation, ``created_at`` and ``expires_at`` among them."""
+    status: str
+    """``pending``, ``completed``, ``cancelled`` or ``expired``."""
+    received_bytes: int
+    parts: dict[str, int]
+    """Part id -> bytes."""
+    file: dict[str, Any] | None
+    """The file's object once the upload is completed."""
+    now: float
+    """The store's clock, Unix seconds."""
+
+
 class BatchStore(Protocol):
     """Files, batches and the ledger. Objects are OpenAI-shaped dicts, keys as in DESIGN section 4.
 
@@ -178,12 +195,37 @@ class BatchStore(Protocol):
     async def aclose(self) -> None: ...
 
     # files (metadata; the bytes are in the blob store under ``blob``)
+    async def reserve_blob(self, blob: str, lifetime_s: float) -> None:
+        """Announce a blob that ``put_file`` will name; ``sweep`` removes it where none did."""
+        ...
+
     async def put_file(self, file: Mapping[str, Any], blob: str) -> None: ...
     async def get_file(self, file_id: str) -> tuple[dict[str, Any], str]: ...
     async def list_files(
         self, *, after: str | None, limit: int, purpose: str | None, order: str = "desc"
     ) -> tuple[list[dict[str, Any]], bool]: ...
     async def delete_file(self, file_id: str) -> None: ...
+
+    # uploads in parts
+    async def create_upload(self, upload: Mapping[str, Any], lifetime_s: float) -> UploadState:
+        """Store a pending upload whose end is ``lifetime_s`` from now."""
+        ...
+
+    async def get_upload(self, upload_id: str) -> UploadState: ...
+    async def add_part(self, upload_id: str, part_id: str, num_bytes: int) -> UploadState:
+        """Count a stored part; without effect when the upload is over, or would be too large."""
+        ...
+
+    async def cancel_upload(self, upload_id: str) -> UploadState: ...
+    async def complete_upload(
+        self, upload_id: str, file: Mapping[str, Any], blob: str
+    ) -> UploadState:
+        """Turn a pending upload into a file; without effect when it is over."""
+        ...
+
+    async def sweep(self) -> None:
+        """Delete bytes that nothing needs any more: of expired files, uploads, finished batches."""
+        ...
 
     # batches
     async def create_batch(
@@ -195,8 +237,19 @@ class BatchStore(Protocol):
     ) -> dict[str, Any]:
         """Store a batch in ``validating``; the same key and hash return the first one again.
 
-        Raises ``ConflictError`` for the same key with another hash.
+        Raises ``ConflictError`` for the same key with another hash, ``OverloadedError`` when other
+        batches hold as much as may wait.
         """
+        ...
+
+    async def known_batch(self, idempotency_key: str, body_hash: str) -> dict[str, Any] | None:
+        """The batch created with this key; ``ConflictError`` when its body was another one."""
+        ...
+
+    async def batch_input(self, batch_id: str) -> tuple[dict[str, Any], str]:
+        """The input file's object, and the blob that holds the rows as JSON lines.
+
+        Before validation that is the file's own blob. A file past its end is still found."""
         ...
 
     async def get_batch(self, batch_id: str) -> dict[str, Any]: ...
@@ -209,7 +262,9 @@ class BatchStore(Protocol):
         ...
 
     async def progress(self, batch_id: str) -> dict[str, Any]:
-        """``{"status", "request_counts", "classes", "pairs", "usage", "started_at", "rate"}``."""
+        """``{"version", "status", "request_counts", "classes", "pairs", "usage", "started_at",
+        "rate"}``: ``version`` grows with every change, ``rate`` is rows per second over the last
+        minute, ``None`` when nothing was finished in it or the batch is over."""
         ...
 
     async def backlog_rows(self) -> int:
@@ -226,13 +281,24 @@ class BatchStore(Protocol):
         ...
 
     async def open_batch(
-        self, batch_id: str, shards: Sequence[tuple[int, int, int, int]], total: int
+        self,
+        batch_id: str,
+        shards: Sequence[tuple[int, int, int, int]],
+        total: int,
+        input_blob: str | None = None,
     ) -> None:
-        """``(first_line, num_rows, offset_bytes, num_bytes)`` per shard; goes ``in_progress``."""
+        """``(first_line, num_rows, offset_bytes, num_bytes)`` per shard; goes ``in_progress``.
+
+        ``input_blob`` is what the shards cut up, where it is not the input file itself."""
         ...
 
     async def fail_batch(
-        self, batch_id: str, code: str, message: str, line: int | None = None
+        self,
+        batch_id: str,
+        code: str,
+        message: str,
+        line: int | None = None,
+        param: str | None = None,
     ) -> None: ...
     async def lease_shard(
         self, worker: str, ttl_s: float, exclude: Sequence[str] = ()
@@ -344,6 +410,14 @@ class BlobStore(Protocol):
     async def size(self, key: str) -> int: ...
     async def exists(self, key: str) -> bool: ...
     async def delete(self, key: str) -> None: ...
+    async def delete_all(self, prefix: str) -> None:
+        """Remove every blob under ``prefix``, which ends in ``/``; none is no error."""
+        ...
+
+    async def list_keys(self, prefix: str) -> list[str]:
+        """Keys of the blobs under ``prefix``, which ends in ``/``; in order."""
+        ...
+
     def local_path(self, key: str) -> str | None:
         """A filesystem path for the blob when the store is local, else ``None``."""
         ...

@@ -16,10 +16,17 @@ from api.openapi import json_body
 from api.parquet import PARQUET, parquet_response, prefers_parquet
 from api.routes.paging import AfterArg, LimitArg, page, referenced
 from api.schemas import Batch, BatchEvent, Page
-from api.streaming import Json, ndjson_line, ndjson_response, sse_event, sse_response
-from mora_serve.errors import ConflictError, InvalidRequestError
+from api.streaming import (
+    SSE_KEEP_ALIVE,
+    Json,
+    ndjson_line,
+    ndjson_response,
+    sse_event,
+    sse_response,
+)
+from mora_serve.errors import ConflictError, InvalidRequestError, NotFoundError
 from mora_serve.identity import content_hash
-from mora_serve.requests import parse_body
+from mora_serve.requests import SCORES_URL, parse_body
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
 
@@ -44,6 +51,11 @@ async def create_batch(
     """Acknowledge a batch; runners pick it up. The same key and body return the same batch."""
     data = await read_json(request)
     body = parse(BatchRequest, data)
+    body_hash = content_hash(data)
+    if idempotency_key:
+        known = await deps.stores.batches.known_batch(idempotency_key, body_hash)
+        if known is not None:
+            return Json(known)
     await _check_input_file(deps, body.input_file_id)
     if body.defaults:
         _check_defaults(body.endpoint, body.defaults)
@@ -58,11 +70,25 @@ async def create_batch(
         "input_file_id": body.input_file_id,
         "completion_window": body.completion_window,
         "metadata": body.metadata,
+        "model": await _model(deps, body),
     }
     stored = await deps.stores.batches.create_batch(
-        batch, options, idempotency_key, content_hash(data)
+        batch, options, idempotency_key or None, body_hash
     )
     return Json(stored)
+
+
+async def _model(deps: Deps, body: BatchRequest) -> str | None:
+    """Policy version that a row without a model of its own asks for; scoring samples none."""
+    if body.endpoint == SCORES_URL:
+        return None
+    if body.defaults and body.defaults.get("model") is not None:
+        return str(body.defaults["model"])
+    try:
+        version, _ = await deps.stores.jobs.current_policy()
+    except NotFoundError:
+        return deps.settings.policy.model
+    return version
 
 
 async def _check_input_file(deps: Deps, file_id: str) -> None:
@@ -167,37 +193,53 @@ async def _pair_lines(pairs: AsyncGenerator[dict[str, Any], None]) -> AsyncItera
 @router.get(
     "/{batch_id}/events",
     response_class=Response,
-    responses={200: {"model": BatchEvent, "content": {"text/event-stream": {}}}},
+    responses={
+        200: {"model": BatchEvent, "content": {"text/event-stream": {}}},
+        204: {"description": "The batch is over, and its last event was received."},
+    },
 )
-async def batch_events(batch_id: str, deps: DepsArg) -> Response:
-    """Server-sent progress: one event at once, one per change, and a last one when it is over."""
+async def batch_events(
+    batch_id: str,
+    deps: DepsArg,
+    last_event_id: Annotated[int | None, Header(ge=0, le=2**53)] = None,
+) -> Response:
+    """Server-sent progress: where the batch stands, then each change, until it is over.
+
+    An event's id is the version of the batch that it shows, so that a client which comes back with
+    ``Last-Event-ID`` goes on with the first newer one.
+    """
     first = await deps.stores.batches.progress(batch_id)
-    return sse_response(_progress_events(deps, batch_id, first))
+    if first["status"] in TERMINAL and last_event_id == first["version"]:
+        return Response(status_code=204)
+    return sse_response(_progress_events(deps, batch_id, first, last_event_id))
 
 
 async def _progress_events(
-    deps: Deps, batch_id: str, progress: dict[str, Any]
+    deps: Deps, batch_id: str, progress: dict[str, Any], seen: int | None
 ) -> AsyncIterator[bytes]:
-    shown: dict[str, Any] = {}
+    """``seen`` is the version that the client has; one that the store never had is ignored."""
+    if seen is not None and seen > progress["version"]:
+        seen = None
+    quiet_s = 0.0
     while True:
-        event = progress_event(batch_id, progress)
-        comparable = {**event, "rate": None, "eta_s": None}
-        if comparable != shown:
-            shown = comparable
-            yield sse_event(event, "progress")
-        else:
-            yield b": waiting\n\n"
-        if event["status"] in TERMINAL:
+        if progress["version"] != seen:
+            seen, quiet_s = progress["version"], 0.0
+            yield sse_event(progress_event(batch_id, progress), "progress", str(seen))
+        elif quiet_s >= deps.keep_alive_s:
+            quiet_s = 0.0
+            yield SSE_KEEP_ALIVE
+        if progress["status"] in TERMINAL:
             return
         await asyncio.sleep(deps.poll_interval_s)
+        quiet_s += deps.poll_interval_s
         progress = await deps.stores.batches.progress(batch_id)
 
 
 def progress_event(batch_id: str, progress: Mapping[str, Any]) -> dict[str, Any]:
-    """A progress event from what the store counts; ``eta_s`` assumes the rate so far."""
-    counts = progress["request_counts"]
-    rate = progress["rate"]
+    """A progress event from what the store counts; ``eta_s`` goes by the last minute's rate."""
+    counts, rate = progress["request_counts"], progress["rate"]
     left = counts["total"] - counts["completed"] - counts["failed"]
+    running = progress["status"] in ("in_progress", "finalizing")
     return {
         "object": "batch.event",
         "batch_id": batch_id,
@@ -206,5 +248,5 @@ def progress_event(batch_id: str, progress: Mapping[str, Any]) -> dict[str, Any]
         "classes": progress["classes"],
         "pairs": progress["pairs"],
         "rate": rate,
-        "eta_s": left / rate if rate and progress["status"] not in TERMINAL else None,
+        "eta_s": left / rate if rate and running else None,
     }

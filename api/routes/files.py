@@ -8,6 +8,7 @@ prefix instead (``api.uris`` decides). What a file holds is checked when a batch
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import quote
 
@@ -15,7 +16,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from api.bodies import FilePurpose, FileRegistration, parse, read_json
+from api.bodies import FileForm, FilePurpose, FileRegistration, parse, read_json
 from api.deps import Context, ContextArg, Deps, DepsArg
 from api.openapi import json_body
 from api.routes.paging import AfterArg, page
@@ -25,10 +26,14 @@ from api.uploads import Upload
 from api.uris import resolve_uri
 from mora_serve.errors import InvalidRequestError, StorageError
 from mora_serve.identity import new_id
+from mora_serve.store.shapes import file_object
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 MAX_FILENAME_CHARS = 255
+FORM_FIELDS = frozenset({"purpose", "expires_after[anchor]", "expires_after[seconds]"})
+RESERVATION_S = 86_400.0
+"""Bytes that were written for a file which was not registered within this time are removed."""
 _FORM = {
     "multipart/form-data": {
         "schema": {
@@ -37,6 +42,8 @@ _FORM = {
             "properties": {
                 "file": {"type": "string", "format": "binary"},
                 "purpose": {"enum": list(get_args(FilePurpose))},
+                "expires_after[anchor]": {"enum": ["created_at"]},
+                "expires_after[seconds]": {"type": "integer"},
             },
         }
     }
@@ -58,23 +65,38 @@ async def create_file(request: Request, context: ContextArg) -> Response:
 
 async def _upload(request: Request, context: Context, content_type: str) -> dict[str, Any]:
     deps = context.deps
-    upload = Upload(content_type, request.stream(), deps.settings.server.max_upload_bytes)
-    file_id = _file_id()
+    limit = deps.settings.server.max_upload_bytes
+    upload = Upload(content_type, request.stream(), limit, file="file", fields=FORM_FIELDS)
+    file_id = new_file_id()
     blob = f"files/{file_id}"
     try:
         await upload.find_file()
+        await deps.stores.batches.reserve_blob(blob, RESERVATION_S)
         await deps.stores.blobs.put(blob, upload.file_chunks())
         try:
             await upload.finish()
-            purpose = _purpose(upload.fields.get("purpose"))
+            form = _form(upload.fields)
         except BaseException:
             await deps.stores.blobs.delete(blob)
             raise
     except ClientDisconnect:
         raise ClientGoneError from None
-    file = _file_object(file_id, upload.num_bytes, upload.filename or "upload", purpose)
+    file = new_file(file_id, upload.num_bytes, upload.filename or "upload", form)
     await deps.stores.batches.put_file(file, blob)
     return file
+
+
+def _form(fields: Mapping[str, str]) -> FileForm:
+    """The fields as the JSON that they stand for, validated."""
+    data: dict[str, Any] = {k: v for k, v in fields.items() if k == "purpose"}
+    expiry: dict[str, Any] = {
+        name: fields[f"expires_after[{name}]"]
+        for name in ("anchor", "seconds")
+        if f"expires_after[{name}]" in fields
+    }
+    if str(expiry.get("seconds", "")).isdecimal():
+        expiry["seconds"] = int(expiry["seconds"])
+    return parse(FileForm, {**data, **({"expires_after": expiry} if expiry else {})})
 
 
 async def _register(deps: Deps, body: FileRegistration) -> dict[str, Any]:
@@ -88,41 +110,33 @@ async def _register(deps: Deps, body: FileRegistration) -> dict[str, Any]:
             "uri must name an existing file that the service can read.", "uri", "file_not_found"
         )
     num_bytes = await deps.stores.blobs.size(location)
-    file = _file_object(_file_id(), num_bytes, location.rsplit("/", 1)[-1], body.purpose)
+    file = new_file(new_file_id(), num_bytes, location.rsplit("/", 1)[-1], body)
     await deps.stores.batches.put_file(file, location)
     return file
 
 
-def _file_id() -> str:
+def new_file_id() -> str:
+    """An id for a file that is about to be stored."""
     return "file-" + new_id("x").removeprefix("x_")
 
 
-def _purpose(value: str | None) -> str:
-    if value is None:
-        raise InvalidRequestError("purpose is required.", "purpose", "missing_required_parameter")
-    if value not in get_args(FilePurpose):
-        raise InvalidRequestError(
-            f"purpose must be one of {', '.join(get_args(FilePurpose))}, got {value[:40]!r}",
-            "purpose",
-            "invalid_value",
-        )
-    return value
+def new_file(file_id: str, num_bytes: int, filename: str, form: FileForm) -> dict[str, Any]:
+    """The object of a file that is created now."""
+    lifetime_s = None if form.expires_after is None else form.expires_after.seconds
+    return file_object(
+        file_id,
+        num_bytes,
+        plain_filename(filename),
+        purpose=form.purpose,
+        created_at=int(time.time()),
+        lifetime_s=lifetime_s,
+    )
 
 
-def _file_object(file_id: str, num_bytes: int, filename: str, purpose: str) -> dict[str, Any]:
+def plain_filename(filename: str) -> str:
+    """The last segment of a path as clients of any system write it, without control characters."""
     name = filename.replace("\\", "/").rsplit("/", 1)[-1]
-    printable = "".join(c for c in name if c.isprintable())[:MAX_FILENAME_CHARS]
-    return {
-        "id": file_id,
-        "object": "file",
-        "bytes": num_bytes,
-        "created_at": int(time.time()),
-        "filename": printable or "upload",
-        "purpose": purpose,
-        "status": "processed",
-        "expires_at": None,
-        "status_details": None,
-    }
+    return "".join(c for c in name if c.isprintable())[:MAX_FILENAME_CHARS] or "upload"
 
 
 @router.get("", response_model=Page[FileObject])

@@ -15,6 +15,7 @@ from typing import Protocol
 from mora_serve.config import Settings
 from mora_serve.errors import ConfigError
 from mora_serve.ports import BatchStore, BlobStore, JobStore
+from mora_serve.store.backlog import BacklogLimits
 from mora_serve.store.batches import LedgerBatches
 from mora_serve.store.blobs import FsspecBlobs
 from mora_serve.store.memory import MemoryLedger
@@ -53,12 +54,18 @@ class Stores:
 
     @classmethod
     def memory(
-        cls, clock: Callable[[], float] = time.time, completion_window_s: float = 86_400.0
+        cls,
+        clock: Callable[[], float] = time.time,
+        completion_window_s: float = 86_400.0,
+        limits: BacklogLimits | None = None,
     ) -> Stores:
         """Stores within this process, for tests and simulations."""
         ledger, blobs = MemoryLedger(clock), MemoryBlobs()
+        batches = LedgerBatches(
+            ledger, blobs, completion_window_s=completion_window_s, limits=limits
+        )
         return cls(
-            batches=LedgerBatches(ledger, blobs, completion_window_s=completion_window_s),
+            batches=batches,
             jobs=MemoryJobs(clock),
             pairs=LedgerPairs(ledger, blobs),
             blobs=blobs,
@@ -81,9 +88,11 @@ def open_stores(settings: Settings) -> Stores:
     ledger = RedisLedger(client, settings.redis.key_prefix)
     root = settings.blobs.url or str(settings.data_dir.absolute() / "blobs")
     blobs = FsspecBlobs(root, settings.blobs.options)
-    window_s = settings.runner.completion_window_s
+    runner = settings.runner
+    limits = BacklogLimits(runner.max_backlog_rows, runner.max_backlog_bytes)
+    window_s = runner.completion_window_s
     return Stores(
-        batches=LedgerBatches(ledger, blobs, completion_window_s=window_s),
+        batches=LedgerBatches(ledger, blobs, completion_window_s=window_s, limits=limits),
         jobs=RedisJobs(client, settings.redis.key_prefix),
         pairs=LedgerPairs(ledger, blobs),
         blobs=blobs,

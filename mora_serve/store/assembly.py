@@ -9,7 +9,7 @@ are numbered across shards, so they are sealed apart from them, by
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mora_serve.errors import StorageError
@@ -18,8 +18,8 @@ from mora_serve.requests import custom_id_of
 from mora_serve.row_codes import BATCH_EXPIRED
 from mora_serve.store.batch_input import row_id, split_lines
 from mora_serve.store.pair_stream import LedgerPairs
-from mora_serve.store.shapes import json_lines, lease_lost
-from mora_serve.store.steps import LedgerSteps, SealedShard, StoredRow
+from mora_serve.store.shapes import file_object, json_lines, lease_lost
+from mora_serve.store.steps import BatchState, LedgerSteps, SealedShard, StoredRow
 
 ASSEMBLY_TTL_S = 300.0
 """Claim on the assembly of a batch's files, which may be gigabytes. Two runners that assemble the
@@ -48,11 +48,15 @@ class Assembly:
         if answer == "sealed":
             await self._pairs.seal(lease.batch_id)
             return
-        if answer == "lost":
-            raise lease_lost(lease)
+        # A step that is repeated because its answer was lost finds the shard sealed by itself.
+        if answer == "lost" and sealed in await self._steps.sealed_shards(lease.batch_id):
+            await self._pairs.seal(lease.batch_id)
+            return
         for key in (sealed.output, sealed.error):
             if key is not None:
                 await self._blobs.delete(key)
+        if answer == "lost":
+            raise lease_lost(lease)
         raise StorageError(
             f"shard {lease.shard} of {lease.batch_id} must be complete to be sealed, "
             f"got {len(rows)} of {lease.num_rows} rows"
@@ -65,23 +69,23 @@ class Assembly:
         await self._pairs.seal(batch_id, everything=True)
         await self._steps.renew_claim(batch_id, worker, max(ttl_s, ASSEMBLY_TTL_S))
         shards = await self._steps.sealed_shards(batch_id)
-        output = await self._join(batch_id, "output", shards, lambda shard: shard.output)
-        error = await self._join(batch_id, "error", shards, lambda shard: shard.error)
+        state = await self._steps.get_state(batch_id)
+        assert state is not None
+        output = await self._join(state, "output", [shard.output for shard in shards])
+        error = await self._join(state, "error", [shard.error for shard in shards])
         await self._steps.finish(batch_id, output, error)
-        for shard in shards:
-            for key in (shard.output, shard.error):
-                if key is not None:
-                    await self._blobs.delete(key)
 
     async def _expired_rows(self, lease: Lease) -> list[StoredRow]:
         """Error rows for what an expired batch did not get to; none for a cancelled one."""
         state = await self._steps.get_state(lease.batch_id)
         if state is None or state.status != "finalizing" or len(lease.done) == lease.num_rows:
             return []
-        found = await self._steps.get_file(state.doc["input_file_id"])
+        found = await self._steps.get_file(state.doc["input_file_id"], even_expired=True)
         if found is None:
             return []
-        chunks = self._blobs.open_read(found[1], lease.offset_bytes, lease.num_bytes)
+        chunks = self._blobs.open_read(
+            state.input_blob or found[1], lease.offset_bytes, lease.num_bytes
+        )
         return [
             _expired_row(lease.batch_id, line.number, line.data)
             async for line in split_lines(chunks, lease.first_line, MAX_LINE_BYTES)
@@ -100,30 +104,24 @@ class Assembly:
         return SealedShard(lease.shard, keys[0], keys[1])
 
     async def _join(
-        self,
-        batch_id: str,
-        name: str,
-        shards: Sequence[SealedShard],
-        part: Callable[[SealedShard], str | None],
+        self, state: BatchState, name: str, parts: Sequence[str | None]
     ) -> tuple[dict[str, Any], str] | None:
-        keys = [key for shard in shards if (key := part(shard)) is not None]
+        keys = [key for key in parts if key is not None]
         if not keys:
             return None
+        batch_id = str(state.doc["id"])
         digest = hashlib.sha256(f"{batch_id}:{name}".encode()).hexdigest()
         file_id = f"file-{digest[:24]}"
         blob = f"files/{file_id}"
         num_bytes = await self._blobs.concat(blob, keys)
-        file = {
-            "id": file_id,
-            "object": "file",
-            "bytes": num_bytes,
-            "created_at": None,
-            "filename": f"{batch_id}_{name}.jsonl",
-            "purpose": "batch_output",
-            "status": "processed",
-            "expires_at": None,
-            "status_details": None,
-        }
+        file = file_object(
+            file_id,
+            num_bytes,
+            f"{batch_id}_{name}.jsonl",
+            purpose="batch_output",
+            created_at=int(state.now),
+            lifetime_s=state.options.get("output_expires_after_s"),
+        )
         return file, blob
 
 

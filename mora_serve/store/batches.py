@@ -7,14 +7,16 @@ blobs is in :mod:`mora_serve.store.assembly`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from mora_serve.errors import ConflictError, StorageError
 from mora_serve.identity import new_id
-from mora_serve.ports import BlobStore, Lease, RowCommit
+from mora_serve.ports import BlobStore, Lease, RowCommit, UploadState
 from mora_serve.store.assembly import Assembly
+from mora_serve.store.backlog import BacklogLimits, backlog_full
+from mora_serve.store.rate import recent_rate
 from mora_serve.store.shapes import (
-    STAMPS,
     batch_object,
     counts,
     lease_lost,
@@ -23,21 +25,31 @@ from mora_serve.store.shapes import (
 )
 from mora_serve.store.steps import (
     TERMINAL,
+    Backlog,
     BatchState,
     LedgerSteps,
 )
+
+SWEEP_ENTRIES = 100
+"""Blobs, or prefixes of blobs, that are asked for and deleted at a time."""
 
 
 class LedgerBatches:
     """The :class:`~mora_serve.ports.BatchStore` port."""
 
     def __init__(
-        self, steps: LedgerSteps, blobs: BlobStore, *, completion_window_s: float = 86_400.0
+        self,
+        steps: LedgerSteps,
+        blobs: BlobStore,
+        *,
+        completion_window_s: float = 86_400.0,
+        limits: BacklogLimits | None = None,
     ) -> None:
         self._steps = steps
         self._blobs = blobs
         self._assembly = Assembly(steps, blobs)
         self._window_s = completion_window_s
+        self._limits = limits or BacklogLimits()
 
     async def ping(self) -> None:
         """Raises ``StorageError`` when the store does not answer."""
@@ -48,6 +60,10 @@ class LedgerBatches:
         await self._steps.aclose()
 
     # files
+
+    async def reserve_blob(self, blob: str, lifetime_s: float) -> None:
+        """A blob that is about to be written and registered."""
+        await self._steps.reserve_blob(blob, lifetime_s)
 
     async def put_file(self, file: Mapping[str, Any], blob: str) -> None:
         """Register a file whose bytes are in the blob store under ``blob``."""
@@ -86,7 +102,55 @@ class LedgerBatches:
         if blob is None:
             raise no_such("file", file_id, "file_id", "file_not_found")
         if "://" not in blob:
-            await self._blobs.delete(blob)
+            await self._remove([blob])
+
+    # uploads
+
+    async def create_upload(self, upload: Mapping[str, Any], lifetime_s: float) -> UploadState:
+        """Store a pending upload; it expires after ``lifetime_s``."""
+        return await self._steps.create_upload(upload, lifetime_s)
+
+    async def get_upload(self, upload_id: str) -> UploadState:
+        """The upload as it is now."""
+        return _upload(upload_id, await self._steps.get_upload(upload_id))
+
+    async def add_part(self, upload_id: str, part_id: str, num_bytes: int) -> UploadState:
+        """Count a part whose bytes are stored; see whether it is among the ``parts``."""
+        upload = await self.get_upload(upload_id)
+        announced = int(upload.doc["bytes"])
+        added = await self._steps.add_part(upload_id, part_id, num_bytes, announced)
+        return _upload(upload_id, added)
+
+    async def cancel_upload(self, upload_id: str) -> UploadState:
+        """End a pending upload; one that is over is returned as it is."""
+        upload = _upload(upload_id, await self._steps.cancel_upload(upload_id))
+        await self._sweep_now()
+        return upload
+
+    async def complete_upload(
+        self, upload_id: str, file: Mapping[str, Any], blob: str
+    ) -> UploadState:
+        """Make a pending upload the file ``file``; one that is over is returned as it is."""
+        upload = _upload(upload_id, await self._steps.complete_upload(upload_id, file, blob))
+        await self._sweep_now()
+        return upload
+
+    async def sweep(self) -> None:
+        """Delete the bytes of files, uploads and finished batches that nothing needs any more."""
+        while entries := await self._steps.collect(SWEEP_ENTRIES):
+            await self._remove(entries)
+
+    async def _sweep_now(self) -> None:
+        with suppress(StorageError):  # a runner's sweep will do it
+            await self.sweep()
+
+    async def _remove(self, entries: Sequence[str]) -> None:
+        for entry in entries:
+            if entry.endswith("/"):
+                await self._blobs.delete_all(entry)
+            else:
+                await self._blobs.delete(entry)
+        await self._steps.collected(entries)
 
     # batches
 
@@ -99,7 +163,8 @@ class LedgerBatches:
     ) -> dict[str, Any]:
         """Store a batch; ``id``, timestamps and status are filled in where they are absent.
 
-        ``options["completion_window_s"]`` overrides the configured window.
+        ``options["completion_window_s"]`` overrides the configured window. Raises
+        ``OverloadedError`` when other batches hold as much as may wait.
         """
         doc = {
             "id": batch.get("id") or new_id("batch"),
@@ -108,12 +173,41 @@ class LedgerBatches:
             "input_file_id": batch["input_file_id"],
             "completion_window": batch.get("completion_window", "24h"),
             "metadata": batch.get("metadata"),
+            "model": batch.get("model"),
         }
         window_s = float(options.get("completion_window_s") or self._window_s)
-        batch_id = await self._steps.create_batch(
-            doc, options, idempotency_key, body_hash, window_s
+        found = await self._steps.get_file(doc["input_file_id"])
+        input_bytes = 0 if found is None else int(found[0]["bytes"])
+        created = await self._steps.create_batch(
+            doc,
+            options,
+            idempotency_key,
+            body_hash,
+            window_s,
+            input_bytes=input_bytes,
+            max_rows=self._limits.max_rows,
+            max_bytes=self._limits.max_bytes,
         )
-        return await self.get_batch(batch_id)
+        if isinstance(created, Backlog):
+            raise backlog_full(created, input_bytes, self._limits)
+        return await self.get_batch(created)
+
+    async def known_batch(self, idempotency_key: str, body_hash: str) -> dict[str, Any] | None:
+        """The batch that was created with this key, ``None`` when none was.
+
+        Raises ``ConflictError`` when it was created with another body.
+        """
+        batch_id = await self._steps.known_batch(idempotency_key, body_hash)
+        return None if batch_id is None else await self.get_batch(batch_id)
+
+    async def batch_input(self, batch_id: str) -> tuple[dict[str, Any], str]:
+        """The input file's object and the blob that holds the rows, even past the file's end."""
+        state = await self._state(batch_id)
+        file_id = state.doc["input_file_id"]
+        found = await self._steps.get_file(file_id, even_expired=True)
+        if found is None:
+            raise no_such("file", file_id, "input_file_id", "file_not_found")
+        return found[0], state.input_blob or found[1]
 
     async def get_batch(self, batch_id: str) -> dict[str, Any]:
         """The batch object with all of OpenAI's fields."""
@@ -137,25 +231,26 @@ class LedgerBatches:
         return await self.get_batch(batch_id)
 
     async def progress(self, batch_id: str) -> dict[str, Any]:
-        """Counts for progress displays; ``rate`` is rows per second since the start."""
-        state = await self._state(batch_id)
-        started = state.stamps.get("in_progress_at")
-        ended = [state.stamps[k] for k in STAMPS[1:6] if k in state.stamps and k != "cancelling_at"]
-        elapsed = 0.0 if started is None else max(min([state.now, *ended]) - started, 1e-3)
-        done = state.completed + state.failed
+        """What progress displays need, as one consistent view; see the port."""
+        found = await self._steps.progress(batch_id)
+        if found is None:
+            raise no_such("batch", batch_id, "batch_id", "batch_not_found")
+        state, rate = found
+        running = state.status not in TERMINAL
         return {
+            "version": state.version,
             "status": state.status,
             "request_counts": counts(state),
             "classes": state.classes,
             "pairs": state.pairs,
             "usage": usage_object(state.usage),
-            "started_at": started,
-            "rate": done / elapsed if elapsed else None,
+            "started_at": state.stamps.get("in_progress_at"),
+            "rate": recent_rate(rate.buckets, state.now, rate.working_since) if running else None,
         }
 
     async def backlog_rows(self) -> int:
         """Rows not committed yet; a batch that awaits validation or assembly counts as one."""
-        return await self._steps.backlog()
+        return (await self._steps.backlog()).rows
 
     # runner side
 
@@ -169,16 +264,25 @@ class LedgerBatches:
         return await self._steps.renew_claim(batch_id, worker, ttl_s)
 
     async def open_batch(
-        self, batch_id: str, shards: Sequence[tuple[int, int, int, int]], total: int
+        self,
+        batch_id: str,
+        shards: Sequence[tuple[int, int, int, int]],
+        total: int,
+        input_blob: str | None = None,
     ) -> None:
         """Start a validated batch. Without effect when it was cancelled or opened meanwhile."""
-        await self._steps.open_batch(batch_id, shards, total)
+        await self._steps.open_batch(batch_id, shards, total, input_blob)
 
     async def fail_batch(
-        self, batch_id: str, code: str, message: str, line: int | None = None
+        self,
+        batch_id: str,
+        code: str,
+        message: str,
+        line: int | None = None,
+        param: str | None = None,
     ) -> None:
         """End a batch whose file as a whole is at fault. ``line`` counts from 1."""
-        error = {"code": code, "message": message, "param": None, "line": line}
+        error = {"code": code, "message": message, "param": param, "line": line}
         await self._steps.fail(batch_id, error)
 
     async def lease_shard(
@@ -226,7 +330,7 @@ class LedgerBatches:
             try:
                 await self._assembly.finalize(batch_id, worker, ttl_s)
             except StorageError:
-                # Another runner whose claim had lapsed may have finished and removed the parts.
+                # Its parts are gone when another runner finished it after our claim had lapsed.
                 if (await self._state(batch_id)).status not in TERMINAL:
                     raise
             finished.append(batch_id)
@@ -237,3 +341,9 @@ class LedgerBatches:
         if state is None:
             raise no_such("batch", batch_id, "batch_id", "batch_not_found")
         return state
+
+
+def _upload(upload_id: str, found: UploadState | None) -> UploadState:
+    if found is None:
+        raise no_such("upload", upload_id, "upload_id", "upload_not_found")
+    return found

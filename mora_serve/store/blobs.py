@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -100,9 +100,32 @@ class FsspecBlobs:
 
         def remove() -> None:
             if self._fs.exists(path):
-                self._fs.rm_file(path)
+                with suppress(FileNotFoundError):
+                    self._fs.rm_file(path)
 
         await _thread(_mapped(remove, key))
+
+    async def delete_all(self, prefix: str) -> None:
+        """Remove every blob whose key begins with ``prefix``, which ends in ``/``."""
+        path = self._path(prefix.rstrip("/"))
+
+        def remove() -> None:
+            # Another process may be removing the same blobs.
+            while self._fs.exists(path):
+                with suppress(FileNotFoundError):
+                    self._fs.rm(path, recursive=True)
+
+        await _thread(_mapped(remove, prefix))
+
+    async def list_keys(self, prefix: str) -> list[str]:
+        """Keys under ``prefix``, which ends in ``/``; in order."""
+        path = self._path(prefix.rstrip("/"))
+
+        def find() -> list[str]:
+            found = self._fs.find(path) if self._fs.exists(path) else []
+            return sorted(name.removeprefix(f"{self._root}/") for name in found)
+
+        return await _thread(_mapped(find, prefix))
 
     def local_path(self, key: str) -> str | None:
         """A filesystem path for the blob when the store is local, else ``None``."""

@@ -6,8 +6,13 @@
 --   <p>:batches           zset of all batch ids in order of creation
 --   <p>:batch:<id>        hash: doc, options, status, counts, stamps (s:), usage (u:), classes (c:)
 --   <p>:batch:<id>:...    shards, free, leased, tokens, holders, rows:<k>, tries:<k>,
---                         sealed, tail, parts, readers
+--                         sealed, tail, parts, readers, rate (ring of buckets, see rate.py)
 --   <p>:<name>:index/docs a collection of JSON documents (files, jobs, events, policies ...)
+--   <p>:files:expiry      zset of file ids, score = Unix seconds of the end
+--   <p>:upload:<id>       hash: doc, status, received, file; <p>:upload:<id>:parts: part id -> bytes
+--   <p>:uploads:expiry    zset of pending uploads, score = Unix seconds of the end
+--   <p>:litter            zset of blob keys, and prefixes of keys that end in '/', to be deleted,
+--                         score = Unix seconds from when on
 
 local prefix = KEYS[1]
 local call = redis.call
@@ -16,6 +21,8 @@ local steps = {}
 local clock = call('TIME')
 local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
 local terminal = { completed = true, failed = true, expired = true, cancelled = true }
+local bucket_ms, num_buckets = 2000, 30 -- as in rate.py
+local upload_kept_s = 7 * 24 * 3600 -- how long an upload that is over can be asked for
 
 local function key(id, suffix)
   local name = prefix .. ':batch:' .. id
@@ -31,9 +38,32 @@ local function whole(value)
   return string.format('%.0f', value)
 end
 
+-- What readers of a batch can see has changed.
+local function changed(id)
+  call('HINCRBY', key(id), 'version', 1)
+end
+
+local function discard(blob)
+  call('ZADD', prefix .. ':litter', clock[1], blob)
+end
+
 local function enter(id, status)
   call('HSET', key(id), 'status', status, 's:' .. status .. '_at', clock[1])
-  if terminal[status] then call('ZREM', prefix .. ':active', id) end
+  changed(id)
+  if terminal[status] then
+    call('ZREM', prefix .. ':active', id)
+    for _, name in ipairs({ 'rows', 'duplicates', 'input' }) do
+      discard('batches/' .. id .. '/' .. name .. '/')
+    end
+  end
+end
+
+local function count_in_ring(id, rows)
+  local bucket = math.floor(now / bucket_ms)
+  local ring, slot = key(id, 'rate'), bucket % num_buckets
+  local known, count = string.match(call('HGET', ring, slot) or '', '^(%d+):(%d+)$')
+  if number(known) == bucket then rows = rows + number(count) end
+  call('HSET', ring, slot, whole(bucket) .. ':' .. whole(rows))
 end
 
 local function held(id, shard, token)
@@ -128,6 +158,34 @@ local function page_ids(index, after, limit, ascending)
   return call('ZREVRANGEBYSCORE', index, high, low, 'LIMIT', 0, limit)
 end
 
+-- files: documents {file, blob}; an expired one is there until it is collected, for those who read it
+
+function steps.reserve_blob(blob, lifetime_s)
+  return call('ZADD', prefix .. ':litter', whole(number(clock[1]) + number(lifetime_s)), blob)
+end
+
+function steps.put_file(id, doc, expires_at, blob)
+  steps.put('files', id, doc)
+  call('ZREM', prefix .. ':litter', blob)
+  if expires_at ~= '' then call('ZADD', prefix .. ':files:expiry', expires_at, id) end
+  return 1
+end
+
+function steps.get_file(id, even_expired)
+  local expires = call('ZSCORE', prefix .. ':files:expiry', id)
+  if expires and tonumber(expires) <= now / 1000 and even_expired == '0' then return false end
+  return steps.get('files', id)
+end
+
+function steps.remove_file(id)
+  local doc = steps.remove('files', id)
+  if not doc then return false end
+  call('ZREM', prefix .. ':files:expiry', id)
+  local blob = cjson.decode(doc).blob
+  if not string.find(blob, '://', 1, true) then discard(blob) end
+  return blob
+end
+
 function steps.page(name, after, limit, ascending)
   local ids = page_ids(prefix .. ':' .. name .. ':index', after, limit, ascending)
   if not ids then return false end
@@ -136,22 +194,142 @@ function steps.page(name, after, limit, ascending)
   return docs
 end
 
+-- uploads: a hash, and its parts. Every step answers with the upload as it is, or nothing.
+
+local function upload_key(id, suffix)
+  return prefix .. ':upload:' .. id .. (suffix or '')
+end
+
+local function end_upload(id, status)
+  local name = upload_key(id)
+  call('HSET', name, 'status', status)
+  call('ZREM', prefix .. ':uploads:expiry', id)
+  call('EXPIRE', name, upload_kept_s)
+  call('EXPIRE', upload_key(id, ':parts'), upload_kept_s)
+  discard('uploads/' .. id .. '/')
+end
+
+local function upload_status(id)
+  local expires = call('ZSCORE', prefix .. ':uploads:expiry', id)
+  if expires and tonumber(expires) <= now / 1000 then end_upload(id, 'expired') end
+  return call('HGET', upload_key(id), 'status')
+end
+
+function steps.create_upload(id, doc, lifetime_s)
+  local expires = whole(number(clock[1]) + number(lifetime_s))
+  call('HSET', upload_key(id), 'doc', doc, 'status', 'pending', 'received', '0',
+    'created', clock[1], 'expires', expires)
+  call('ZADD', prefix .. ':uploads:expiry', expires, id)
+  return steps.get_upload(id)
+end
+
+function steps.get_upload(id)
+  if not upload_status(id) then return false end
+  return { call('HGETALL', upload_key(id)), call('HGETALL', upload_key(id, ':parts')), clock[1] }
+end
+
+-- The part counts only where the upload is pending and its announced bytes are not exceeded.
+function steps.add_part(id, part, num_bytes, announced)
+  local parts = upload_key(id, ':parts')
+  if upload_status(id) == 'pending' and call('HEXISTS', parts, part) == 0 then
+    local received = number(call('HGET', upload_key(id), 'received')) + number(num_bytes)
+    if received <= number(announced) then
+      call('HSET', upload_key(id), 'received', whole(received))
+      call('HSET', parts, part, num_bytes)
+    end
+  end
+  return steps.get_upload(id)
+end
+
+function steps.cancel_upload(id)
+  if upload_status(id) == 'pending' then end_upload(id, 'cancelled') end
+  return steps.get_upload(id)
+end
+
+-- Only one completion makes its file; what others joined is theirs to remove.
+function steps.complete_upload(id, file_id, file, expires_at, blob)
+  if upload_status(id) == 'pending' then
+    steps.put_file(file_id, file, expires_at, blob)
+    call('HSET', upload_key(id), 'file', file)
+    end_upload(id, 'completed')
+  end
+  return steps.get_upload(id)
+end
+
+-- Ends uploads and forgets files whose time is over, and answers with blobs to be deleted. A file
+-- that an unfinished batch reads stays until the batch is finished.
+function steps.collect(limit)
+  local uploads = prefix .. ':uploads:expiry'
+  for _, id in ipairs(call('ZRANGEBYSCORE', uploads, '-inf', clock[1])) do upload_status(id) end
+  local expired = call('ZRANGEBYSCORE', prefix .. ':files:expiry', '-inf', clock[1])
+  if #expired > 0 then
+    local read = {}
+    for _, id in ipairs(call('ZRANGE', prefix .. ':active', 0, -1)) do
+      read[cjson.decode(call('HGET', key(id), 'doc')).input_file_id] = true
+    end
+    for _, id in ipairs(expired) do
+      if not read[id] then steps.remove_file(id) end
+    end
+  end
+  return call('ZRANGEBYSCORE', prefix .. ':litter', '-inf', clock[1], 'LIMIT', 0, limit)
+end
+
+function steps.collected(...)
+  return call('ZREM', prefix .. ':litter', ...)
+end
+
 -- batches
 
-function steps.create_batch(id, doc, options, window_ms, idempotency_key, body_hash)
+function steps.known_batch(idempotency_key, body_hash)
+  local known = call('HMGET', prefix .. ':idempotency:' .. idempotency_key, 'id', 'hash')
+  if not known[1] then return false end
+  return { known[2] == body_hash and 'known' or 'conflict', known[1] }
+end
+
+local function rate_ring(id)
+  local since = call('HGET', key(id), 'working_since')
+  return { since or whole(now), call('HVALS', key(id, 'rate')) }
+end
+
+-- Rows and input bytes that unfinished batches have left, and how fast each of them advances.
+local function backlog()
+  local rows, bytes, rings = 0, 0, {}
+  for i, id in ipairs(call('ZRANGE', prefix .. ':active', 0, -1)) do
+    local counts = call('HMGET', key(id), 'total', 'completed', 'failed', 'input_bytes')
+    local total = number(counts[1])
+    local left = math.max(0, total - number(counts[2]) - number(counts[3]))
+    rows = rows + math.max(1, left)
+    bytes = bytes + number(counts[4]) * (total > 0 and left / total or 1)
+    rings[i] = rate_ring(id)
+  end
+  return { whole(rows), whole(bytes), rings, whole(now) }
+end
+
+function steps.backlog()
+  return backlog()
+end
+
+-- A batch over the limits is admitted alone.
+function steps.create_batch(
+  id, doc, options, window_ms, idempotency_key, body_hash, input_bytes, max_rows, max_bytes
+)
+  if idempotency_key ~= '' then
+    local known = steps.known_batch(idempotency_key, body_hash)
+    if known then return known end
+  end
+  if call('EXISTS', key(id)) == 1 then return { 'known', id } end
+  local waiting = backlog()
+  local over = number(waiting[1]) >= number(max_rows)
+    or number(waiting[2]) + number(input_bytes) > number(max_bytes)
+  if over and #waiting[3] > 0 then return { 'full', waiting } end
   if idempotency_key ~= '' then
     local name = prefix .. ':idempotency:' .. idempotency_key
-    local known = call('HMGET', name, 'id', 'hash')
-    if known[1] then
-      if known[2] ~= body_hash then return { 'conflict', known[1] } end
-      return { 'known', known[1] }
-    end
     call('HSET', name, 'id', id, 'hash', body_hash)
     call('PEXPIRE', name, 7 * 24 * 3600 * 1000)
   end
-  if call('EXISTS', key(id)) == 1 then return { 'known', id } end
   call('HSET', key(id), 'doc', doc, 'options', options, 'status', 'validating', 'closed', '0',
-    'created', whole(now), 'expires', whole(now + number(window_ms)), 'claim', '0')
+    'created', whole(now), 'expires', whole(now + number(window_ms)), 'claim', '0',
+    'input_bytes', input_bytes, 'version', '1')
   call('ZADD', prefix .. ':batches', call('INCR', prefix .. ':counter'), id)
   call('ZADD', prefix .. ':active', call('INCR', prefix .. ':counter'), id)
   return { 'new', id }
@@ -159,6 +337,10 @@ end
 
 function steps.state(id)
   return { call('HGETALL', key(id)), whole(now) }
+end
+
+function steps.progress(id)
+  return { steps.state(id), rate_ring(id) }
 end
 
 function steps.list_batches(after, limit)
@@ -174,15 +356,6 @@ function steps.cancel(id)
   if not status then return 0 end
   if status == 'validating' or status == 'in_progress' then enter(id, 'cancelling') end
   return 1
-end
-
-function steps.backlog()
-  local rows = 0
-  for _, id in ipairs(call('ZRANGE', prefix .. ':active', 0, -1)) do
-    local counts = call('HMGET', key(id), 'total', 'completed', 'failed')
-    rows = rows + math.max(1, number(counts[1]) - number(counts[2]) - number(counts[3]))
-  end
-  return rows
 end
 
 function steps.unfinished()
@@ -209,14 +382,15 @@ function steps.renew_claim(id, worker, ttl)
   return 1
 end
 
-function steps.open_batch(id, shards, total)
+-- input: the blob that the shards cut up.
+function steps.open_batch(id, shards, total, input)
   if call('HGET', key(id), 'status') ~= 'validating' then return 0 end
   local specs = cjson.decode(shards)
   for i, spec in ipairs(specs) do
     call('HSET', key(id, 'shards'), i - 1, spec)
     call('ZADD', key(id, 'free'), i - 1, i - 1)
   end
-  call('HSET', key(id), 'total', total, 'num_shards', #specs, 'claim', '0')
+  call('HSET', key(id), 'total', total, 'num_shards', #specs, 'claim', '0', 'input', input)
   enter(id, 'in_progress')
   return 1
 end
@@ -248,6 +422,7 @@ function steps.lease_shard(worker, ttl, ...)
   local shard = call('ZRANGEBYSCORE', key(best, 'leased'), '-inf', whole(now), 'LIMIT', 0, 1)[1]
     or call('ZRANGE', key(best, 'free'), 0, 0)[1]
   call('ZADD', prefix .. ':active', call('INCR', prefix .. ':counter'), best)
+  if fewest == 0 then call('HSET', key(best), 'working_since', whole(now)) end
   return take(best, shard, number(ttl))
 end
 
@@ -279,6 +454,8 @@ function steps.commit_row(id, shard, token, line, kind, data, num_pairs, ...)
   if not held(id, shard, token) or call('HGET', key(id), 'closed') == '1' then return 'lost' end
   if call('HSETNX', key(id, 'rows:' .. shard), line, kind .. data) == 0 then return 'repeated' end
   call('HINCRBY', key(id), kind == 'o' and 'completed' or 'failed', 1)
+  changed(id)
+  count_in_ring(id, 1)
   local rest, count = { ... }, number(num_pairs)
   if count > 0 then
     local seq = call('HINCRBY', key(id), 'pairs', count) - count
@@ -325,6 +502,7 @@ function steps.seal_shard(id, shard, token, sealed, num_rows, num_extra)
   if rows ~= number(num_rows) or not complete then return 'changed' end
   call('HSET', key(id, 'sealed'), shard, sealed)
   call('HINCRBY', key(id), 'failed', num_extra)
+  changed(id)
   call('DEL', key(id, 'rows:' .. shard), key(id, 'tries:' .. shard))
   call('HDEL', key(id, 'holders'), shard)
   call('ZREM', key(id, 'leased'), shard)
@@ -349,20 +527,20 @@ function steps.claim_finalize(worker, ttl)
   return false
 end
 
--- Arguments: (field of the batch, file id, file document) per file.
+-- Arguments: (field of the batch, then the arguments of put_file) per file.
 function steps.finish(id, ...)
   local state = call('HMGET', key(id), 'status', 'closed', 'outcome')
   if terminal[state[1]] or state[2] ~= '1' then return state[1] end
   local files = { ... }
-  for i = 1, #files, 3 do
-    put_new('files', files[i + 1], files[i + 2])
+  for i = 1, #files, 5 do
+    steps.put_file(files[i + 1], files[i + 2], files[i + 3], files[i + 4])
     call('HSET', key(id), files[i], files[i + 1])
   end
   enter(id, state[3])
   trim(id)
   call('PEXPIRE', key(id, 'tail'), 3600 * 1000)
   call('PEXPIRE', key(id, 'readers'), 3600 * 1000)
-  for _, suffix in ipairs({ 'shards', 'free', 'leased', 'tokens', 'holders', 'sealed' }) do
+  for _, suffix in ipairs({ 'shards', 'free', 'leased', 'tokens', 'holders', 'sealed', 'rate' }) do
     call('UNLINK', key(id, suffix))
   end
   return state[3]

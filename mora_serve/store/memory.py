@@ -10,21 +10,23 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from mora_serve.ports import Lease, RowCommit
-from mora_serve.store.shapes import bad_cursor, idempotency_conflict
+from mora_serve.store.memory_files import MemoryFiles, page
+from mora_serve.store.rate import RateRing, recent_rate
+from mora_serve.store.shapes import idempotency_conflict
 from mora_serve.store.steps import (
     READER_TTL_S,
     TERMINAL,
+    Backlog,
     BatchState,
     PairPart,
+    RateState,
     SealedShard,
     ShardSpec,
     StoredRow,
 )
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -54,14 +56,16 @@ class _Batch:
     claimer: str = ""
     last_leased: int = 0
     outcome: str = "completed"
+    input_bytes: int = 0
+    working_since: float | None = None
+    ring: RateRing = field(default_factory=RateRing)
 
 
-class MemoryLedger:
+class MemoryLedger(MemoryFiles):
     """:class:`~mora_serve.store.steps.LedgerSteps` in dictionaries."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
-        self._files: dict[str, tuple[dict[str, Any], str]] = {}
+        super().__init__(clock)
         self._batches: dict[str, _Batch] = {}
         self._keys: dict[str, tuple[str, str]] = {}
         self._turn = 0
@@ -72,33 +76,6 @@ class MemoryLedger:
     async def aclose(self) -> None:
         return None
 
-    # files
-
-    async def put_file(self, file: Mapping[str, Any], blob: str) -> None:
-        doc = dict(file)
-        if doc.get("created_at") is None:
-            doc["created_at"] = int(self._clock())
-        self._files[doc["id"]] = (doc, blob)
-
-    async def get_file(self, file_id: str) -> tuple[dict[str, Any], str] | None:
-        found = self._files.get(file_id)
-        return None if found is None else (dict(found[0]), found[1])
-
-    async def list_files(
-        self, *, after: str | None, limit: int, purpose: str | None, ascending: bool
-    ) -> list[dict[str, Any]]:
-        docs = [dict(doc) for doc, _ in self._files.values()]
-        docs = docs if ascending else docs[::-1]
-        return [
-            doc
-            for doc in _page(docs, lambda doc: str(doc["id"]), after, len(docs))
-            if purpose is None or doc["purpose"] == purpose
-        ][:limit]
-
-    async def delete_file(self, file_id: str) -> str | None:
-        found = self._files.pop(file_id, None)
-        return None if found is None else found[1]
-
     # batches
 
     async def create_batch(
@@ -108,19 +85,33 @@ class MemoryLedger:
         idempotency_key: str | None,
         body_hash: str,
         window_s: float,
-    ) -> str:
-        if idempotency_key is not None and idempotency_key in self._keys:
-            batch_id, known = self._keys[idempotency_key]
-            if known != body_hash:
-                raise idempotency_conflict()
-            return batch_id
+        *,
+        input_bytes: int,
+        max_rows: int,
+        max_bytes: int,
+    ) -> str | Backlog:
+        if idempotency_key is not None:
+            known = await self.known_batch(idempotency_key, body_hash)
+            if known is not None:
+                return known
+        waiting = await self.backlog()
+        over = waiting.rows >= max_rows or waiting.num_bytes + input_bytes > max_bytes
+        if over and waiting.rows > 0:
+            return waiting
         now = self._clock()
         batch_id = str(doc["id"])
         stored = {**doc, "created_at": int(now), "expires_at": int(now + window_s)}
         state = BatchState(doc=stored, options=dict(options), status="validating")
-        self._batches[batch_id] = _Batch(state, expires_at=now + window_s)
+        batch = _Batch(state, expires_at=now + window_s, input_bytes=input_bytes)
+        self._batches[batch_id] = batch
         if idempotency_key is not None:
             self._keys[idempotency_key] = (batch_id, body_hash)
+        return batch_id
+
+    async def known_batch(self, idempotency_key: str, body_hash: str) -> str | None:
+        batch_id, known = self._keys.get(idempotency_key, (None, body_hash))
+        if known != body_hash:
+            raise idempotency_conflict()
         return batch_id
 
     async def get_state(self, batch_id: str) -> BatchState | None:
@@ -129,7 +120,7 @@ class MemoryLedger:
 
     async def list_batches(self, *, after: str | None, limit: int) -> list[BatchState]:
         states = [self._snapshot(batch) for batch in reversed(self._batches.values())]
-        return _page(states, lambda state: str(state.doc["id"]), after, limit)
+        return page(states, lambda state: str(state.doc["id"]), after, limit)
 
     async def cancel(self, batch_id: str) -> bool:
         batch = self._batches.get(batch_id)
@@ -140,12 +131,23 @@ class MemoryLedger:
             batch.outcome = "cancelled"
         return True
 
-    async def backlog(self) -> int:
-        return sum(
-            max(1, state.total - state.completed - state.failed)
-            for state in (batch.state for batch in self._batches.values())
-            if state.status not in TERMINAL
-        )
+    async def backlog(self) -> Backlog:
+        rows, num_bytes, rate = 0, 0.0, 0.0
+        for batch in self._batches.values():
+            state = batch.state
+            if state.status in TERMINAL:
+                continue
+            left = max(0, state.total - state.completed - state.failed)
+            rows += max(1, left)
+            num_bytes += batch.input_bytes * (left / state.total if state.total else 1)
+            rate += recent_rate(batch.ring.buckets, self._clock(), self._since(batch)) or 0.0
+        return Backlog(rows, round(num_bytes), rate)
+
+    async def progress(self, batch_id: str) -> tuple[BatchState, RateState] | None:
+        batch = self._batches.get(batch_id)
+        if batch is None:
+            return None
+        return self._snapshot(batch), RateState(self._since(batch), batch.ring.buckets)
 
     async def unfinished(self) -> list[BatchState]:
         batches = self._batches.values()
@@ -166,12 +168,15 @@ class MemoryLedger:
         batch.claim_until = self._clock() + ttl_s
         return True
 
-    async def open_batch(self, batch_id: str, shards: Sequence[ShardSpec], total: int) -> bool:
+    async def open_batch(
+        self, batch_id: str, shards: Sequence[ShardSpec], total: int, input_blob: str | None
+    ) -> bool:
         batch = self._batches[batch_id]
         if batch.state.status != "validating":
             return False
         batch.shards = [_Shard(spec) for spec in shards]
         batch.state.total = total
+        batch.state.input_blob = input_blob
         batch.claim_until = 0.0
         self._enter(batch, "in_progress")
         return True
@@ -204,6 +209,8 @@ class MemoryLedger:
                 if shard.sealed is None and not shard.leased(now):
                     self._turn += 1
                     batch.last_leased = self._turn
+                    if not any(other.leased(now) for other in batch.shards):
+                        batch.working_since = now
                     return self._lease(batch, index, worker, ttl_s)
         return None
 
@@ -242,6 +249,8 @@ class MemoryLedger:
         shard.rows[row.line] = StoredRow(row.line, row.output is None, data)
         state.completed += row.output is not None
         state.failed += row.output is None
+        state.version += 1
+        batch.ring.add(self._clock())
         for pair in row.pairs:
             batch.tail.append({"seq": state.pairs, **json.loads(pair)})
             state.pairs += 1
@@ -281,6 +290,7 @@ class MemoryLedger:
             return "changed"
         shard.sealed, shard.rows, shard.worker = sealed, {}, None
         batch.state.failed += num_extra
+        batch.state.version += 1
         return "sealed"
 
     async def sealed_shards(self, batch_id: str) -> list[SealedShard]:
@@ -312,7 +322,7 @@ class MemoryLedger:
                 await self.put_file(*found)
         state.output_file_id = None if output is None else output[0]["id"]
         state.error_file_id = None if error is None else error[0]["id"]
-        batch.shards = []
+        batch.shards, batch.ring = [], RateRing()
         self._enter(batch, batch.outcome)
         self._trim(batch)
         return state.status
@@ -352,6 +362,13 @@ class MemoryLedger:
 
     # internal
 
+    def _files_being_read(self) -> set[str]:
+        states = (batch.state for batch in self._batches.values())
+        return {state.doc["input_file_id"] for state in states if state.status not in TERMINAL}
+
+    def _since(self, batch: _Batch) -> float:
+        return self._clock() if batch.working_since is None else batch.working_since
+
     def _snapshot(self, batch: _Batch) -> BatchState:
         state = batch.state
         return replace(
@@ -367,7 +384,11 @@ class MemoryLedger:
 
     def _enter(self, batch: _Batch, status: str) -> None:
         batch.state.status = status
+        batch.state.version += 1
         batch.state.stamps[f"{status}_at"] = int(self._clock())
+        if status in TERMINAL:
+            for name in ("rows", "duplicates", "input"):
+                self._discard(f"batches/{batch.state.doc['id']}/{name}/")
 
     def _lease(self, batch: _Batch, index: int, worker: str, ttl_s: float) -> Lease:
         shard = batch.shards[index]
@@ -410,12 +431,3 @@ class MemoryLedger:
         keep_from = min([batch.state.pairs_sealed, *positions])
         if batch.tail:
             del batch.tail[: max(0, keep_from - batch.tail[0]["seq"])]
-
-
-def _page(items: list[T], key: Callable[[T], str], after: str | None, limit: int) -> list[T]:
-    if after is None:
-        return items[:limit]
-    for index, item in enumerate(items):
-        if key(item) == after:
-            return items[index + 1 : index + 1 + limit]
-    raise bad_cursor(after)

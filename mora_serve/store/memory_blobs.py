@@ -44,5 +44,12 @@ class MemoryBlobs:
     async def delete(self, key: str) -> None:
         self._blobs.pop(key, None)
 
+    async def delete_all(self, prefix: str) -> None:
+        for key in [key for key in self._blobs if key.startswith(prefix)]:
+            del self._blobs[key]
+
+    async def list_keys(self, prefix: str) -> list[str]:
+        return sorted(key for key in self._blobs if key.startswith(prefix))
+
     def local_path(self, key: str) -> str | None:
         return None

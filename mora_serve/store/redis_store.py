@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mora_serve.ports import Lease, RowCommit
-from mora_serve.store.redis_client import RedisClient
+from mora_serve.store.rate import recent_rate
+from mora_serve.store.redis_files import RedisFiles, dump, file_arguments, pairs, text
 from mora_serve.store.shapes import bad_cursor, idempotency_conflict
 from mora_serve.store.steps import (
     READER_TTL_S,
+    Backlog,
     BatchState,
     PairPart,
+    RateState,
     SealedShard,
     ShardSpec,
     StoredRow,
@@ -21,49 +24,14 @@ from mora_serve.store.steps import (
 COUNTERS = ("total", "completed", "failed", "pairs", "pairs_sealed")
 
 
-class RedisLedger:
+class RedisLedger(RedisFiles):
     """:class:`~mora_serve.store.steps.LedgerSteps` under one key prefix."""
-
-    def __init__(self, client: RedisClient, prefix: str) -> None:
-        self._client = client
-        self._prefix = prefix
 
     async def ping(self) -> None:
         await self._client.ping()
 
     async def aclose(self) -> None:
         await self._client.aclose()
-
-    # files
-
-    async def put_file(self, file: Mapping[str, Any], blob: str) -> None:
-        doc = dict(file)
-        if doc.get("created_at") is None:
-            doc["created_at"] = int((await self._client.command("TIME"))[0])
-        await self._step("put", "files", doc["id"], _dump({"file": doc, "blob": blob}))
-
-    async def get_file(self, file_id: str) -> tuple[dict[str, Any], str] | None:
-        found = await self._step("get", "files", file_id)
-        return None if found is None else _file(found)
-
-    async def list_files(
-        self, *, after: str | None, limit: int, purpose: str | None, ascending: bool
-    ) -> list[dict[str, Any]]:
-        files: list[dict[str, Any]] = []
-        while len(files) < limit:
-            docs = await self._step("page", "files", after or "", limit, int(ascending))
-            if docs is None:
-                raise bad_cursor(str(after))
-            page = [_file(doc)[0] for doc in docs]
-            files += [file for file in page if purpose is None or file["purpose"] == purpose]
-            if len(page) < limit:
-                break
-            after = page[-1]["id"]
-        return files[:limit]
-
-    async def delete_file(self, file_id: str) -> str | None:
-        found = await self._step("remove", "files", file_id)
-        return None if found is None else _file(found)[1]
 
     # batches
 
@@ -74,14 +42,28 @@ class RedisLedger:
         idempotency_key: str | None,
         body_hash: str,
         window_s: float,
-    ) -> str:
-        outcome, batch_id = await self._step(
-            "create_batch", doc["id"], _dump(doc), _dump(options), _ms(window_s),
-            idempotency_key or "", body_hash,
+        *,
+        input_bytes: int,
+        max_rows: int,
+        max_bytes: int,
+    ) -> str | Backlog:
+        outcome, found = await self._step(
+            "create_batch", doc["id"], dump(doc), dump(options), _ms(window_s),
+            idempotency_key or "", body_hash, input_bytes, max_rows, max_bytes,
         )  # fmt: skip
+        if outcome == b"full":
+            return _backlog(found)
         if outcome == b"conflict":
             raise idempotency_conflict()
-        return str(batch_id.decode())
+        return str(found.decode())
+
+    async def known_batch(self, idempotency_key: str, body_hash: str) -> str | None:
+        reply = await self._step("known_batch", idempotency_key, body_hash)
+        if reply is None:
+            return None
+        if reply[0] == b"conflict":
+            raise idempotency_conflict()
+        return str(reply[1].decode())
 
     async def get_state(self, batch_id: str) -> BatchState | None:
         return _state(await self._step("state", batch_id))
@@ -95,25 +77,33 @@ class RedisLedger:
     async def cancel(self, batch_id: str) -> bool:
         return bool(await self._step("cancel", batch_id))
 
-    async def backlog(self) -> int:
-        return int(await self._step("backlog"))
+    async def backlog(self) -> Backlog:
+        return _backlog(await self._step("backlog"))
+
+    async def progress(self, batch_id: str) -> tuple[BatchState, RateState] | None:
+        reply, ring = await self._step("progress", batch_id)
+        state = _state(reply)
+        return None if state is None else (state, _rate(ring))
 
     async def unfinished(self) -> list[BatchState]:
         replies = await self._step("unfinished")
         return [state for reply in replies if (state := _state(reply)) is not None]
 
     async def claim_validation(self, worker: str, ttl_s: float) -> str | None:
-        return _text(await self._step("claim_validation", worker, _ms(ttl_s)))
+        return text(await self._step("claim_validation", worker, _ms(ttl_s)))
 
     async def renew_claim(self, batch_id: str, worker: str, ttl_s: float) -> bool:
         return bool(await self._step("renew_claim", batch_id, worker, _ms(ttl_s)))
 
-    async def open_batch(self, batch_id: str, shards: Sequence[ShardSpec], total: int) -> bool:
+    async def open_batch(
+        self, batch_id: str, shards: Sequence[ShardSpec], total: int, input_blob: str | None
+    ) -> bool:
         specs = [",".join(str(number) for number in spec) for spec in shards]
-        return bool(await self._step("open_batch", batch_id, _dump(specs), total))
+        opened = await self._step("open_batch", batch_id, dump(specs), total, input_blob or "")
+        return bool(opened)
 
     async def fail(self, batch_id: str, error: Mapping[str, Any]) -> bool:
-        return bool(await self._step("fail", batch_id, _dump([error])))
+        return bool(await self._step("fail", batch_id, dump([error])))
 
     # shards
 
@@ -126,7 +116,7 @@ class RedisLedger:
         return _lease(await self._step("lease_leftover", batch_id, worker, _ms(ttl_s)), worker)
 
     async def heartbeat(self, lease: Lease, ttl_s: float) -> Literal["ok", "stop", "lost"]:
-        answer = _text(await self._step("heartbeat", *_held(lease), _ms(ttl_s)))
+        answer = text(await self._step("heartbeat", *_held(lease), _ms(ttl_s)))
         return "ok" if answer == "ok" else "stop" if answer == "stop" else "lost"
 
     async def release(self, lease: Lease) -> None:
@@ -151,24 +141,24 @@ class RedisLedger:
         await self._step("forget_try", *_held(lease), line)
 
     async def shard_rows(self, lease: Lease) -> list[StoredRow]:
-        found = _pairs(await self._step("shard_rows", lease.batch_id, lease.shard))
+        found = pairs(await self._step("shard_rows", lease.batch_id, lease.shard))
         rows = [StoredRow(int(k), v[:1] == b"e", v[1:]) for k, v in found]
         return sorted(rows, key=lambda row: row.line)
 
     async def seal_shard(
         self, lease: Lease, sealed: SealedShard, num_rows: int, num_extra: int
     ) -> Literal["sealed", "changed", "lost"]:
-        parts = _dump([sealed.output, sealed.error])
+        parts = dump([sealed.output, sealed.error])
         answer = await self._step("seal_shard", *_held(lease), parts, num_rows, num_extra)
         return "sealed" if answer == b"sealed" else _refused(answer, "changed")
 
     async def sealed_shards(self, batch_id: str) -> list[SealedShard]:
-        found = _pairs(await self._step("sealed_shards", batch_id))
+        found = pairs(await self._step("sealed_shards", batch_id))
         shards = [SealedShard(int(k), *json.loads(v)) for k, v in found]
         return sorted(shards, key=lambda shard: shard.shard)
 
     async def claim_finalize(self, worker: str, ttl_s: float) -> str | None:
-        return _text(await self._step("claim_finalize", worker, _ms(ttl_s)))
+        return text(await self._step("claim_finalize", worker, _ms(ttl_s)))
 
     async def finish(
         self,
@@ -176,13 +166,11 @@ class RedisLedger:
         output: tuple[dict[str, Any], str] | None,
         error: tuple[dict[str, Any], str] | None,
     ) -> str:
-        args: list[str] = []
-        now = int((await self._client.command("TIME"))[0])
+        args: list[Any] = []
         for name, found in (("output_file_id", output), ("error_file_id", error)):
             if found is not None:
-                file = {**found[0], "created_at": found[0].get("created_at") or now}
-                args += [name, file["id"], _dump({"file": file, "blob": found[1]})]
-        return str(_text(await self._step("finish", batch_id, *args)))
+                args += [name, *file_arguments(*found), found[1]]
+        return str(text(await self._step("finish", batch_id, *args)))
 
     # pairs
 
@@ -197,7 +185,7 @@ class RedisLedger:
         return int(await self._step("tail_length", batch_id))
 
     async def add_pair_part(self, batch_id: str, part: PairPart) -> bool:
-        doc = _dump([part.first, part.last, part.key])
+        doc = dump([part.first, part.last, part.key])
         return bool(await self._step("add_pair_part", batch_id, part.first, part.last, doc))
 
     async def pair_part(self, batch_id: str, seq: int) -> PairPart | None:
@@ -208,29 +196,9 @@ class RedisLedger:
         place = "" if position is None else position
         await self._step("set_reader", batch_id, reader, place, _ms(READER_TTL_S))
 
-    async def _step(self, name: str, *args: Any) -> Any:
-        return await self._client.script(self._prefix, name, *args)
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
 
 def _ms(seconds: float) -> int:
     return round(seconds * 1000)
-
-
-def _text(reply: bytes | None) -> str | None:
-    return None if reply is None else reply.decode()
-
-
-def _pairs(flat: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _file(doc: bytes) -> tuple[dict[str, Any], str]:
-    found = json.loads(doc)
-    return found["file"], found["blob"]
 
 
 def _held(lease: Lease) -> tuple[str, int, int]:
@@ -245,8 +213,21 @@ def _lease(reply: Any, worker: str) -> Lease | None:
     return Lease(
         batch_id.decode(), int(shard), int(token), worker, int(expires) / 1000,
         first, rows, offset, size, frozenset(int(line) for line in done),
-        {int(line): int(entry.split(b":")[0]) for line, entry in _pairs(tries)},
+        {int(line): int(entry.split(b":")[0]) for line, entry in pairs(tries)},
     )  # fmt: skip
+
+
+def _rate(reply: Any) -> RateState:
+    since, values = reply
+    buckets = ((int(bucket), int(count)) for bucket, count in (v.split(b":") for v in values))
+    return RateState(int(since) / 1000, tuple(buckets))
+
+
+def _backlog(reply: Any) -> Backlog:
+    rows, num_bytes, rings, now = reply
+    rates = [_rate(ring) for ring in rings]
+    moving = (recent_rate(rate.buckets, int(now) / 1000, rate.working_since) for rate in rates)
+    return Backlog(int(rows), int(num_bytes), sum(rate or 0.0 for rate in moving))
 
 
 def _refused(answer: bytes, other: Any) -> Any:
@@ -257,7 +238,7 @@ def _state(reply: Any) -> BatchState | None:
     flat, now = reply
     if not flat:
         return None
-    fields = {name.decode(): value for name, value in _pairs(flat)}
+    fields = {name.decode(): value for name, value in pairs(flat)}
 
     def group(mark: str) -> dict[str, int]:
         return {k[2:]: int(v) for k, v in fields.items() if k.startswith(mark)}
@@ -273,9 +254,11 @@ def _state(reply: Any) -> BatchState | None:
         **{name: int(fields.get(name, 0)) for name in COUNTERS},
         stamps=group("s:"),
         errors=json.loads(fields.get("errors", b"[]")),
-        output_file_id=_text(fields.get("output_file_id")),
-        error_file_id=_text(fields.get("error_file_id")),
+        output_file_id=text(fields.get("output_file_id")),
+        error_file_id=text(fields.get("error_file_id")),
         usage=group("u:"),
         classes=group("c:"),
+        version=int(fields.get("version", 1)),
+        input_blob=text(fields.get("input")) or None,
         now=int(now) / 1000,
     )

@@ -32,6 +32,29 @@ def batch_object(state: BatchState) -> dict[str, Any]:
     }
 
 
+def file_object(
+    file_id: str,
+    num_bytes: int,
+    filename: str,
+    *,
+    purpose: str,
+    created_at: int,
+    lifetime_s: int | None = None,
+) -> dict[str, Any]:
+    """OpenAI's File object; it ends ``lifetime_s`` after its creation, or never."""
+    return {
+        "id": file_id,
+        "object": "file",
+        "bytes": num_bytes,
+        "created_at": created_at,
+        "filename": filename,
+        "purpose": purpose,
+        "status": "processed",
+        "expires_at": None if lifetime_s is None else created_at + lifetime_s,
+        "status_details": None,
+    }
+
+
 def counts(state: BatchState) -> dict[str, int]:
     """OpenAI's ``request_counts``."""
     return {"total": state.total, "completed": state.completed, "failed": state.failed}

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from mora_serve.ports import Lease, RowCommit
+from mora_serve.store.file_steps import FileSteps
+from mora_serve.store.rate import Bucket
 
 TERMINAL = frozenset({"completed", "failed", "expired", "cancelled"})
 ShardSpec = tuple[int, int, int, int]
@@ -57,8 +59,33 @@ class BatchState:
     error_file_id: str | None = None
     usage: dict[str, int] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
+    version: int = 1
+    """Grows with every change of what a reader of the batch can see."""
+    input_blob: str | None = None
+    """Blob that the shards cut up; ``None`` where it is the input file's own."""
     now: float = 0.0
     """The store's clock when the state was read, Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class RateState:
+    """How fast the rows of a batch are committed, see :mod:`mora_serve.store.rate`."""
+
+    working_since: float
+    """When a shard was leased while none was, last; Unix seconds."""
+    buckets: tuple[Bucket, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What unfinished batches have left to do."""
+
+    rows: int
+    """Rows not committed; a batch that is not validated yet, or only to be assembled, counts 1."""
+    num_bytes: int
+    """Input bytes of those rows."""
+    rate: float
+    """Rows per second over the last minute, all batches together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +115,11 @@ class PairPart:
     key: str
 
 
-class LedgerSteps(Protocol):
-    """Atomic steps on files, batches, shards and the pair tail. All of them are safe to repeat."""
+class LedgerSteps(FileSteps, Protocol):
+    """Atomic steps on batches, shards and the pair tail. All of them are safe to repeat."""
 
     async def ping(self) -> None: ...
     async def aclose(self) -> None: ...
-
-    async def put_file(self, file: Mapping[str, Any], blob: str) -> None: ...
-    async def get_file(self, file_id: str) -> tuple[dict[str, Any], str] | None: ...
-    async def list_files(
-        self, *, after: str | None, limit: int, purpose: str | None, ascending: bool
-    ) -> list[dict[str, Any]]:
-        """At most ``limit`` files; ``NotFoundError`` when ``after`` is not a file."""
-        ...
-
-    async def delete_file(self, file_id: str) -> str | None:
-        """Forget the file; returns its blob key, ``None`` when there is no such file."""
-        ...
 
     async def create_batch(
         self,
@@ -113,11 +128,21 @@ class LedgerSteps(Protocol):
         idempotency_key: str | None,
         body_hash: str,
         window_s: float,
-    ) -> str:
+        *,
+        input_bytes: int,
+        max_rows: int,
+        max_bytes: int,
+    ) -> str | Backlog:
         """Returns the id of the stored batch: the first one for a repeated key.
 
         ``created_at`` and ``expires_at`` are stamped by the store's clock. Raises ``ConflictError``
-        for a repeated key with another hash."""
+        for a repeated key with another hash. Where other batches are unfinished and hold
+        ``max_rows`` rows, or more than ``max_bytes`` together with this one, nothing is stored and
+        what they hold is returned."""
+        ...
+
+    async def known_batch(self, idempotency_key: str, body_hash: str) -> str | None:
+        """The batch created with this key; ``ConflictError`` when the hash is another one."""
         ...
 
     async def get_state(self, batch_id: str) -> BatchState | None: ...
@@ -126,7 +151,8 @@ class LedgerSteps(Protocol):
         """Ask for cancellation; False when there is no such batch."""
         ...
 
-    async def backlog(self) -> int: ...
+    async def backlog(self) -> Backlog: ...
+    async def progress(self, batch_id: str) -> tuple[BatchState, RateState] | None: ...
     async def unfinished(self) -> list[BatchState]:
         """Batches that are not in a terminal status."""
         ...
@@ -136,7 +162,9 @@ class LedgerSteps(Protocol):
         """Extend a claim on validation or assembly; False when it is someone else's or over."""
         ...
 
-    async def open_batch(self, batch_id: str, shards: Sequence[ShardSpec], total: int) -> bool:
+    async def open_batch(
+        self, batch_id: str, shards: Sequence[ShardSpec], total: int, input_blob: str | None
+    ) -> bool:
         """False when the batch is no longer ``validating``; nothing changes then."""
         ...
 

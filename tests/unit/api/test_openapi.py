@@ -19,6 +19,10 @@ ROUTES = {
     "/v1/files": {"post", "get"},
     "/v1/files/{file_id}": {"get", "delete"},
     "/v1/files/{file_id}/content": {"get"},
+    "/v1/uploads": {"post"},
+    "/v1/uploads/{upload_id}/parts": {"post"},
+    "/v1/uploads/{upload_id}/complete": {"post"},
+    "/v1/uploads/{upload_id}/cancel": {"post"},
     "/v1/batches": {"post", "get"},
     "/v1/batches/{batch_id}": {"get"},
     "/v1/batches/{batch_id}/cancel": {"post"},
@@ -67,7 +71,7 @@ def test_posted_bodies_have_their_schema() -> None:
     document = documentation_app().openapi()
 
     for path, operations in document["paths"].items():
-        if "post" in operations and not path.endswith("cancel"):
+        if "post" in operations and not path.endswith(("cancel", "parts")):
             content = operations["post"]["requestBody"]["content"]["application/json"]
             name = content["schema"]["$ref"].rsplit("/", 1)[-1]
             assert document["components"]["schemas"][name]["additionalProperties"] is False

@@ -31,7 +31,7 @@ BATCH_FIELDS = {
     "id", "object", "endpoint", "errors", "input_file_id", "completion_window", "status",
     "output_file_id", "error_file_id", "created_at", "in_progress_at", "expires_at",
     "finalizing_at", "completed_at", "failed_at", "expired_at", "cancelling_at", "cancelled_at",
-    "request_counts", "metadata", "usage",
+    "request_counts", "metadata", "usage", "model",
 }  # fmt: skip
 
 
@@ -105,7 +105,7 @@ async def test_a_deleted_file_is_gone_with_its_bytes(stores: Stores) -> None:
 
 async def test_the_input_of_an_unfinished_batch_cannot_be_deleted(stores: Stores) -> None:
     await stores.blobs.put("files/in", b"data")
-    await stores.batches.put_file({"id": "file-in", "purpose": "batch"}, "files/in")
+    await stores.batches.put_file({"id": "file-in", "purpose": "batch", "bytes": 4}, "files/in")
     await open_batch(stores, [1])
     with pytest.raises(ConflictError):
         await stores.batches.delete_file("file-in")

@@ -1,0 +1,6 @@
+"""Stores for the contract tests: in memory and on a real Redis."""
+
+from tests.redis_fixtures import redis_server, redis_url
+from tests.unit.store.conftest import stores
+
+__all__ = ["redis_server", "redis_url", "stores"]
