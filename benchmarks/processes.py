@@ -1,26 +1,49 @@
-"""Memory of a served stack's processes, read from /proc while something runs."""
+"""Memory and processor time of a served stack's processes, read from /proc while something runs."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 REPLICA_TITLE = "ray::ServeReplica:"
 """How Ray names the process of a Serve replica; application and deployment follow."""
+OTHERS: Mapping[str, str] = {
+    "ray::ServeController": "serve controller",
+    "ray::HAProxyManager": "proxy",
+    "ray::ProxyActor": "proxy",
+    "haproxy": "proxy",
+    "redis-server": "redis",
+    "raylet": "ray",
+    "gcs_server": "ray",
+}
+"""Start of a command's last path segment -> what it is; everything else is ``rest``."""
+
+Pids = dict[str, list[int]]
 
 
-def replica_pids() -> dict[str, list[int]]:
+def replica_pids() -> Pids:
     """Deployment -> pids of its replicas, among the descendants of this process."""
     found = defaultdict(list)
     for pid in _descendants(os.getpid()):
-        title = _read(f"/proc/{pid}/cmdline").split("\0")[0]
-        if title.startswith(REPLICA_TITLE):
-            found[title.removeprefix(REPLICA_TITLE).split(":")[1].split()[0]].append(pid)
+        if (name := _deployment(_title(pid))) is not None:
+            found[name].append(pid)
+    return dict(found)
+
+
+def stack_pids() -> Pids:
+    """Every descendant of this process by what it is: deployments, proxy, redis, ray, rest."""
+    found = defaultdict(list)
+    for pid in _descendants(os.getpid()):
+        title = _title(pid)
+        program = title.split(" ")[0].rpartition("/")[2]
+        other = next((name for start, name in OTHERS.items() if program.startswith(start)), "rest")
+        found[_deployment(title) or other].append(pid)
     return dict(found)
 
 
@@ -30,10 +53,21 @@ def resident_bytes(pid: int) -> int:
     return int(fields[1]) * PAGE_BYTES if fields else 0
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far, in seconds; 0 when it is gone."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S if len(fields) > 12 else 0.0
+
+
+def total(measure: Callable[[int], float], pids: Pids) -> dict[str, float]:
+    """Sum of ``measure`` over the processes of each group."""
+    return {name: sum(map(measure, members)) for name, members in pids.items()}
+
+
 class Peaks:
     """Largest resident memory of each deployment since the last :meth:`take`."""
 
-    def __init__(self, pids: dict[str, list[int]]) -> None:
+    def __init__(self, pids: Pids) -> None:
         self._pids = pids
         self._peaks: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -53,7 +87,7 @@ class Peaks:
 
 
 @contextmanager
-def watching(pids: dict[str, list[int]], period_s: float = 0.02) -> Iterator[Peaks]:
+def watching(pids: Pids, period_s: float = 0.02) -> Iterator[Peaks]:
     """Look at the processes' memory every ``period_s`` in a thread."""
     peaks, ended = Peaks(pids), threading.Event()
 
@@ -68,6 +102,16 @@ def watching(pids: dict[str, list[int]], period_s: float = 0.02) -> Iterator[Pea
     finally:
         ended.set()
         thread.join()
+
+
+def _title(pid: int) -> str:
+    return _read(f"/proc/{pid}/cmdline").split("\0")[0]
+
+
+def _deployment(title: str) -> str | None:
+    if not title.startswith(REPLICA_TITLE):
+        return None
+    return title.removeprefix(REPLICA_TITLE).split(":")[1].split()[0]
 
 
 def _descendants(root: int) -> list[int]:

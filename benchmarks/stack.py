@@ -27,6 +27,13 @@ def free_port() -> int:
 @contextmanager
 def served(profile: str, overrides: Mapping[str, Any] | None = None) -> Iterator[str]:
     """URL of a stack of its own on a free loopback port, stopped at the end."""
+    with running(profile, overrides) as stack:
+        yield stack.url
+
+
+@contextmanager
+def running(profile: str, overrides: Mapping[str, Any] | None = None) -> Iterator[Stack]:
+    """A ready stack of its own on a free loopback port, stopped at the end."""
     settings_overrides: dict[str, Any] = {
         "data_dir": tempfile.mkdtemp(prefix="mora-bench-"),
         "server": {"port": free_port()},
@@ -40,7 +47,7 @@ def served(profile: str, overrides: Mapping[str, Any] | None = None) -> Iterator
     settings = load_settings(profile, overrides=settings_overrides)
     with StopSignals() as signals, Stack(settings, signals, _say) as stack:
         stack.wait_ready(progress=_say)
-        yield stack.url
+        yield stack
 
 
 def _prepare(path: str) -> None:

@@ -98,6 +98,11 @@ class DimensionCalibration:
         grid = np.linspace(0, 100, len(self.quantiles))
         return self.z(float(np.interp(percent, grid, self.quantiles)))
 
+    @cached_property
+    def low(self) -> float:
+        """The calibrated value that ``REFERENCE_QUANTILE`` percent of the pool lie below."""
+        return self.at_quantile(REFERENCE_QUANTILE)
+
     def reliability(self, n: int) -> float:
         """``tau^2 / (tau^2 + sigma^2 / n)``: retest correlation of a prompt's mean of ``n``."""
         if n < 1 or self.tau == 0:
@@ -175,7 +180,7 @@ class Calibrator:
 
     def reference(self, dimensions: Sequence[Dimension]) -> Floats:
         """Reference point of the hypervolume: the pool's 5 % quantile per dimension, in z."""
-        return np.array([self[k].at_quantile(REFERENCE_QUANTILE) for k in dimensions])
+        return np.array([self[k].low for k in dimensions])
 
     def check(self, scorers: Mapping[Dimension, tuple[str, str]]) -> None:
         """Raise :class:`CalibrationError` unless it was fitted on these (model, revision)s."""
@@ -239,12 +244,10 @@ def calibrate_group(group: ScoredGroup, calibrator: Calibrator) -> ScoredGroup:
     :class:`CalibrationError` for a dimension or a scorer revision the calibrator does not know.
     """
     rollouts = tuple(
-        replace(
-            rollout,
-            scores={
-                dimension: calibrate_score(score, dimension, calibrator)
-                for dimension, score in rollout.scores.items()
-            },
+        Rollout(
+            rollout.index,
+            rollout.completion,
+            {k: calibrate_score(score, k, calibrator) for k, score in rollout.scores.items()},
         )
         for rollout in group.rollouts
     )
@@ -259,7 +262,8 @@ def calibrate_score(score: Score, dimension: Dimension, calibrator: Calibrator) 
     _check_scorer(calibration, dimension, score.model, score.revision)
     if score.raw is None or not math.isfinite(score.raw):
         return replace(score, status="failed", raw=None, value=None, reason="reward not finite")
-    return replace(score, value=calibration.z(score.raw))
+    value = calibration.z(score.raw)
+    return Score(score.status, score.raw, value, score.reason, score.model, score.revision)
 
 
 def percent_change(

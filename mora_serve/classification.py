@@ -14,14 +14,14 @@ it), ``unknown`` (a dimension lacks valid scores).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from mora_serve.calibration import DimensionCalibration
 from mora_serve.config import MethodSettings
 from mora_serve.prompt_model import Posterior
-from mora_serve.statistics import Floats, is_valid, spread, subset_ceiling
+from mora_serve.statistics import is_valid, spread, subset_ceiling
 from mora_serve.types import Dimension
 
 State = Literal["reachable", "unreachable", "undecided", "unmeasurable"]
@@ -36,7 +36,7 @@ _ROUNDING = 1e-9
 class Evidence:
     """What is known of one prompt on one dimension."""
 
-    values: Floats
+    values: Sequence[float]
     """Valid calibrated rewards ``[n_valid]``."""
     num_rollouts: int
     """Rollouts drawn, valid or not."""
@@ -52,7 +52,7 @@ class Evidence:
     @property
     def valid(self) -> bool:
         """Whether the validity rule holds."""
-        return is_valid(self.values.size, self.num_rollouts)
+        return is_valid(len(self.values), self.num_rollouts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class PosteriorClassifier:
     def _state(self, item: Evidence) -> State | None:
         if not item.valid:
             return None
-        if item.calibration.reliability(item.values.size) < self.min_reliability:
+        if item.calibration.reliability(len(item.values)) < self.min_reliability:
             return "unmeasurable"
         if item.reach >= self.p_class:
             return "reachable"
@@ -182,7 +182,7 @@ def class_probabilities(reach: Mapping[Dimension, float]) -> dict[PromptClass, f
 
 
 def _meets_bound(item: Evidence) -> bool:
-    size = min(item.n, item.values.size)
+    size = min(item.n, len(item.values))
     measured = subset_ceiling(item.values, size) if size else None
     return measured is not None and measured >= item.bound
 

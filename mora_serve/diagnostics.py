@@ -1,8 +1,9 @@
 """Diagnostics: everything that is said of one prompt's rollouts, and of a whole prompt set.
 
-:func:`diagnose_group` turns a calibrated group into a :class:`Diagnostic`, :func:`needs_more` tells
-adaptive pre-sampling whether another round can settle something, :func:`aggregate` sums up. All
-are pure; drawing rollouts, rounds and wire formats belong to the service.
+:func:`assess_group` judges a calibrated group dimension by dimension, which is all that
+:func:`needs_more` has to know to tell adaptive pre-sampling whether another round can settle
+something. :func:`diagnose_group` adds what the dimensions show together, :func:`aggregate` sums up.
+All are pure; drawing rollouts, rounds and wire formats belong to the service.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from mora_serve import statistics
 from mora_serve.calibration import Calibrator
 from mora_serve.classification import (
     UNKNOWN,
+    Classification,
     Classifier,
     Evidence,
     PromptClass,
@@ -62,6 +64,38 @@ class DimensionDiagnostic:
     """Expected retest correlation of this prompt's mean at ``n_valid`` rollouts, in [0, 1]."""
     n_measurable: int | None
     """Rollouts at which the dimension becomes measurable; ``None`` when no number suffices."""
+
+
+class Assessed(Protocol):
+    """What :func:`needs_more` looks at."""
+
+    @property
+    def prompt_class(self) -> PromptClass | None: ...
+    @property
+    def dimensions(self) -> Mapping[Dimension, DimensionDiagnostic]: ...
+    @property
+    def num_rollouts(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """One group judged dimension by dimension."""
+
+    group: ScoredGroup
+    classification: Classification
+    dimensions: Mapping[Dimension, DimensionDiagnostic]
+    warnings: tuple[str, ...]
+    """As in :class:`Diagnostic`."""
+
+    @property
+    def prompt_class(self) -> PromptClass:
+        """See :mod:`mora_serve.classification`."""
+        return self.classification.prompt_class
+
+    @property
+    def num_rollouts(self) -> int:
+        """Rollouts drawn, valid or not."""
+        return len(self.group.rollouts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +165,7 @@ class Aggregate:
     warnings: dict[str, int] = field(default_factory=dict)
 
 
-def diagnose_group(
+def assess_group(
     group: ScoredGroup,
     calibrator: Calibrator,
     method: MethodSettings,
@@ -139,8 +173,8 @@ def diagnose_group(
     n: int,
     *,
     classifier: Classifier | None = None,
-) -> Diagnostic:
-    """Diagnose one calibrated group (:func:`mora_serve.calibration.calibrate_group`).
+) -> Assessment:
+    """Judge one calibrated group (:func:`mora_serve.calibration.calibrate_group`).
 
     ``n`` is the number of rollouts that ceilings refer to, whatever the number drawn; prompts and
     rounds compare at it. ``classifier`` overrides the one the settings name. Raises
@@ -151,6 +185,26 @@ def diagnose_group(
     result = policy.classify(evidence)
     needed = method.min_reliability
     details = {k: _describe(item, result.states[k], needed) for k, item in evidence.items()}
+    return Assessment(group, result, details, _warnings(group, evidence))
+
+
+def diagnose_group(
+    group: ScoredGroup,
+    calibrator: Calibrator,
+    method: MethodSettings,
+    dimensions: Sequence[Dimension],
+    n: int,
+    *,
+    classifier: Classifier | None = None,
+) -> Diagnostic:
+    """All that one calibrated group shows; arguments as for :func:`assess_group`."""
+    found = assess_group(group, calibrator, method, dimensions, n, classifier=classifier)
+    return diagnose(found, calibrator, method)
+
+
+def diagnose(found: Assessment, calibrator: Calibrator, method: MethodSettings) -> Diagnostic:
+    """The assessment with the statistics of its dimensions together."""
+    group, dimensions = found.group, tuple(found.dimensions)
     indices, joint = joint_values(group, dimensions)
     correlation = statistics.spearman_matrix(joint)
     pairs = statistics.conflicting_pairs(correlation, len(indices), method.min_conflict)
@@ -159,10 +213,10 @@ def diagnose_group(
         prompt_id=group.prompt_id,
         status="ok",
         error=None,
-        prompt_class=result.prompt_class,
-        class_probability=result.probability,
+        prompt_class=found.prompt_class,
+        class_probability=found.classification.probability,
         conflicted=None if pairs is None else bool(pairs),
-        dimensions=details,
+        dimensions=found.dimensions,
         correlation=_named_matrix(correlation, dimensions),
         pareto=tuple(indices[row] for row in statistics.pareto_front(joint)),
         hypervolume=_hypervolume(joint, calibrator, dimensions),
@@ -172,7 +226,7 @@ def diagnose_group(
         n_joint=len(indices),
         num_rollouts=len(group.rollouts),
         share_cut=sum(cut) / len(cut) if cut else None,
-        warnings=_warnings(group, evidence),
+        warnings=found.warnings,
     )
 
 
@@ -185,7 +239,7 @@ def failed_diagnostic(prompt_id: str, failure: Failure) -> Diagnostic:
     )  # fmt: skip
 
 
-def needs_more(diagnostic: Diagnostic, n_max: int | None = None) -> bool:
+def needs_more(found: Assessed, n_max: int | None = None) -> bool:
     """Whether adaptive pre-sampling should draw another round for this prompt.
 
     True while a dimension is undecided, and while one is unmeasurable now but would be measurable
@@ -193,11 +247,11 @@ def needs_more(diagnostic: Diagnostic, n_max: int | None = None) -> bool:
     rollouts are drawn, for failed prompts and for ``unknown`` ones: missing scores are not cured
     by more rollouts.
     """
-    if diagnostic.status != "ok" or diagnostic.prompt_class == UNKNOWN:
+    if found.prompt_class is None or found.prompt_class == UNKNOWN:
         return False
-    if n_max is not None and diagnostic.num_rollouts >= n_max:
+    if n_max is not None and found.num_rollouts >= n_max:
         return False
-    return any(_open(item, n_max) for item in diagnostic.dimensions.values())
+    return any(_open(item, n_max) for item in found.dimensions.values())
 
 
 def gather_evidence(
@@ -248,14 +302,15 @@ def aggregate(diagnostics: Sequence[Diagnostic], n_max: int | None = None) -> Ag
 
 def _describe(item: Evidence, state: State | None, min_reliability: float) -> DimensionDiagnostic:
     values, calibration = item.values, item.calibration
-    size = min(item.n, values.size)
+    num_valid = len(values)
+    size = min(item.n, num_valid)
     expected = expected_ceiling(item.posterior.mean, calibration.sigma, item.n)
     return DimensionDiagnostic(
         mean=statistics.mean(values),
         spread=statistics.spread(values),
         ceiling=statistics.subset_ceiling(values, size) if size else None,
         floor=statistics.floor(values),
-        n_valid=values.size,
+        n_valid=num_valid,
         posterior_mean=item.posterior.mean if item.valid else None,
         posterior_sd=item.posterior.sd if item.valid else None,
         reach=item.reach if item.valid else None,
@@ -263,7 +318,7 @@ def _describe(item: Evidence, state: State | None, min_reliability: float) -> Di
         ceiling_n=size,
         expected_ceiling=expected if item.valid else None,
         bound=item.bound,
-        reliability=calibration.reliability(values.size),
+        reliability=calibration.reliability(num_valid),
         n_measurable=calibration.rollouts_for(min_reliability),
     )
 
@@ -286,7 +341,7 @@ def _warnings(group: ScoredGroup, evidence: Mapping[Dimension, Evidence]) -> tup
     found = []
     if len(group.rollouts) < RECOMMENDED_ROLLOUTS:
         found.append("few_rollouts")
-    if any(item.values.size < len(group.rollouts) for item in evidence.values()):
+    if any(len(item.values) < len(group.rollouts) for item in evidence.values()):
         found.append("missing_scores")
     return tuple(found)
 

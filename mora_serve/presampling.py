@@ -17,7 +17,13 @@ from dataclasses import dataclass, replace
 from mora_serve.calibration import Calibrator, calibrate_group
 from mora_serve.concurrency import MicroBatcher
 from mora_serve.config import MethodSettings
-from mora_serve.diagnostics import Diagnostic, diagnose_group, needs_more
+from mora_serve.diagnostics import (
+    Assessment,
+    Diagnostic,
+    assess_group,
+    diagnose,
+    needs_more,
+)
 from mora_serve.errors import (
     GenerationError,
     MoraError,
@@ -143,9 +149,9 @@ class Sampler:
                     raise PromptFailedError(VERSION_CHANGED)
                 group = None
             group = fresh if group is None else merge_groups(group, fresh)
-            diagnostic = self.diagnose(group, plan)
-            if not needs_more(diagnostic, plan.n_max):
-                return diagnostic
+            found = self.assess(group, plan)
+            if not needs_more(found, plan.n_max):
+                return diagnose(found, self.calibrator, self.method)
         raise AssertionError("the rounds of a prompt end within the loop")
 
     async def draw(
@@ -208,9 +214,13 @@ class Sampler:
         except (ScoringError, OverloadedError) as error:
             raise _failed("scoring_failed", error) from error
 
+    def assess(self, group: ScoredGroup, plan: Plan) -> Assessment:
+        """Judge a calibrated group dimension by dimension, at the plan's ``n``."""
+        return assess_group(group, self.calibrator, self.method, plan.dimensions, plan.n)
+
     def diagnose(self, group: ScoredGroup, plan: Plan) -> Diagnostic:
         """Diagnose a calibrated group at the plan's ``n``."""
-        return diagnose_group(group, self.calibrator, self.method, plan.dimensions, plan.n)
+        return diagnose(self.assess(group, plan), self.calibrator, self.method)
 
     def _scoring(
         self, dimensions: tuple[Dimension, ...]
@@ -244,7 +254,7 @@ def merge_groups(first: ScoredGroup, second: ScoredGroup) -> ScoredGroup:
     assert first.prompt_id == second.prompt_id
     assert first.policy_version == second.policy_version
     offset = 1 + max((rollout.index for rollout in first.rollouts), default=-1)
-    moved = tuple(replace(item, index=item.index + offset) for item in second.rollouts)
+    moved = tuple(Rollout(r.index + offset, r.completion, r.scores) for r in second.rollouts)
     return replace(first, rollouts=first.rollouts + moved, seeds=first.seeds + second.seeds)
 
 

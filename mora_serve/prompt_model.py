@@ -18,8 +18,8 @@ from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import ArrayLike
 
+from mora_serve import statistics
 from mora_serve.calibration import Calibrator, DimensionCalibration
 from mora_serve.statistics import Floats, ceiling_constant, is_valid, joint_values, valid_values
 from mora_serve.types import Dimension, ScoredGroup
@@ -62,15 +62,15 @@ class GainEstimate:
     num_original: int
 
 
-def posterior(values: ArrayLike, calibration: DimensionCalibration) -> Posterior:
+def posterior(values: Sequence[float], calibration: DimensionCalibration) -> Posterior:
     """Posterior of ``mu_x`` given valid rewards of its rollouts; the prior when there are none."""
-    data = np.asarray(values, dtype=np.float64)
     prior, noise = calibration.tau**2, calibration.sigma**2
-    if not data.size or prior == 0:
+    average = statistics.mean(values)
+    if average is None or prior == 0:
         return Posterior(calibration.m, calibration.tau)
-    shrink = prior / (prior + noise / data.size)
-    mean = calibration.m + shrink * (float(data.mean()) - calibration.m)
-    return Posterior(mean, math.sqrt(shrink * noise / data.size))
+    shrink = prior / (prior + noise / len(values))
+    mean = calibration.m + shrink * (average - calibration.m)
+    return Posterior(mean, math.sqrt(shrink * noise / len(values)))
 
 
 def expected_ceiling(mean: float, sigma: float, n: int) -> float:
@@ -102,12 +102,12 @@ def ceiling_estimate(
     the group's own spread (the pool's when all values are equal).
     """
     values = valid_values(group, dimension)
-    if not is_valid(values.size, len(group.rollouts)):
+    average, own = statistics.mean(values), statistics.spread(values)
+    if not is_valid(len(values), len(group.rollouts)) or average is None:
         return None
     sigma = calibrator[dimension].sigma
-    own = float(values.std(ddof=1)) or sigma
-    value = expected_ceiling(float(values.mean()), sigma, n)
-    return CeilingEstimate(value, own / math.sqrt(values.size), n, int(values.size))
+    value = expected_ceiling(average, sigma, n)
+    return CeilingEstimate(value, (own or sigma) / math.sqrt(len(values)), n, len(values))
 
 
 def expected_ceiling_gain(

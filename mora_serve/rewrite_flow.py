@@ -22,7 +22,7 @@ from mora_serve import wire
 from mora_serve.acceptance import Decision, choose, decide, selection_gain
 from mora_serve.classification import FLAT, UNKNOWN
 from mora_serve.config import MethodSettings
-from mora_serve.diagnostics import Diagnostic
+from mora_serve.diagnostics import Assessment, Diagnostic
 from mora_serve.identity import content_hash, prompt_id
 from mora_serve.pairs import Mode, NoPair, PairRules, select_pairs
 from mora_serve.ports import Candidate, RewriteContext, Rewriter
@@ -61,7 +61,8 @@ class _Trial:
     candidate: Candidate
     group: ScoredGroup | None = None
     """Selection rollouts, later joined by the confirmation's."""
-    diagnostic: Diagnostic | None = None
+    shown: ScoredGroup | None = None
+    """What its diagnostic is of: the selection's rollouts, of the chosen one the confirmation's."""
     selection_gain: float | None = None
     decision: Decision | None = None
     reason: str | None = None
@@ -146,10 +147,9 @@ class RewriteFlow:
         """Sample every candidate that was not rejected and measure its selection gain."""
 
         async def measure(index: int, trial: _Trial) -> None:
-            trial.group = await self._draw(
+            trial.shown = trial.group = await self._draw(
                 trial.candidate.prompt, self._plan.n, f"{stream}/select/{index}", original
             )
-            trial.diagnostic = self._sampler.diagnose(trial.group, self._plan)
             trial.selection_gain = selection_gain(
                 trial.group, original, trial.candidate.targets, self._sampler.calibrator,
                 self._plan.n,
@@ -177,7 +177,7 @@ class RewriteFlow:
             calibrator=self._sampler.calibrator, method=self._method, n=self._plan.n,
         )  # fmt: skip
         trial.reason = trial.decision.reason
-        trial.diagnostic = self._sampler.diagnose(fresh, self._plan)
+        trial.shown = fresh
         assert trial.group is not None
         trial.group = merge_groups(trial.group, fresh)
         return merge_groups(group, again)
@@ -254,10 +254,12 @@ class RewriteFlow:
             "template_hash": None if trial is None else trial.candidate.template_hash,
             "targets": [] if trial is None else list(trial.candidate.targets),
             "gain": None if trial is None or not trial.decision else trial.decision.gain,
-            "rewards_before": _means(self._sampler.diagnose(before, self._plan)),
+            "rewards_before": _means(
+                original if before is original.group else self._sampler.assess(before, self._plan)
+            ),
             "rewards_after": None
             if trial is None
-            else _means(self._sampler.diagnose(group, self._plan)),
+            else _means(self._sampler.assess(group, self._plan)),
             "policy_version": group.policy_version,
             "scorers": {k: [calibrator[k].model, calibrator[k].revision] for k in dimensions},
             "calibrator": calibrator.version,
@@ -279,7 +281,7 @@ class RewriteFlow:
         return {
             "object": "rewrite",
             "original": wire.diagnostic_json(original, 0, include_rollouts=include),
-            "candidates": [_trial_json(i, t, include=include) for i, t in enumerate(trials)],
+            "candidates": [self._trial_json(index, trial) for index, trial in enumerate(trials)],
             "accepted": accepted,
             "pairs": [{**row, "seq": seq} for seq, row in enumerate(pairs)],
             "pairs_from": source if pairs else None,
@@ -287,34 +289,34 @@ class RewriteFlow:
             "usage": self._usage.to_dict(),
         }
 
+    def _trial_json(self, index: int, trial: _Trial) -> JSON:
+        decision, shown = trial.decision, None
+        if trial.shown is not None:
+            diagnostic = self._sampler.diagnose(trial.shown, self._plan)
+            include = self._options.include_rollouts
+            shown = wire.diagnostic_json(diagnostic, index, include_rollouts=include)
+        return {
+            "prompt": wire.messages_list(trial.candidate.prompt),
+            "strategy": trial.candidate.strategy,
+            "template_hash": trial.candidate.template_hash,
+            "targets": list(trial.candidate.targets),
+            "diagnostic": shown,
+            "selection_gain": wire.finite(trial.selection_gain),
+            "gain": None if decision is None else wire.finite(decision.gain),
+            "confirmation": None if decision is None else _decision_json(decision),
+            "accepted": decision is not None and decision.accepted,
+            "reason": trial.reason,
+        }
+
 
 def _reachable(diagnostic: Diagnostic) -> tuple[Dimension, ...]:
     return tuple(k for k, item in diagnostic.dimensions.items() if item.state == "reachable")
 
 
-def _means(diagnostic: Diagnostic) -> dict[str, Any]:
+def _means(diagnostic: Diagnostic | Assessment) -> dict[str, Any]:
     return {
         k: {"mean": item.mean, "ceiling": item.ceiling, "n_valid": item.n_valid}
         for k, item in diagnostic.dimensions.items()
-    }
-
-
-def _trial_json(index: int, trial: _Trial, *, include: bool) -> JSON:
-    diagnostic, decision = trial.diagnostic, trial.decision
-    shown = None
-    if diagnostic is not None:
-        shown = wire.diagnostic_json(diagnostic, index, include_rollouts=include)
-    return {
-        "prompt": wire.messages_list(trial.candidate.prompt),
-        "strategy": trial.candidate.strategy,
-        "template_hash": trial.candidate.template_hash,
-        "targets": list(trial.candidate.targets),
-        "diagnostic": shown,
-        "selection_gain": wire.finite(trial.selection_gain),
-        "gain": None if decision is None else wire.finite(decision.gain),
-        "confirmation": None if decision is None else _decision_json(decision),
-        "accepted": decision is not None and decision.accepted,
-        "reason": trial.reason,
     }
 
 

@@ -26,7 +26,7 @@ from mora_serve.classification import (
     class_of,
 )
 from mora_serve.config import MethodSettings
-from mora_serve.diagnostics import Diagnostic, diagnose_group, needs_more
+from mora_serve.diagnostics import Diagnostic, assess_group, diagnose, needs_more
 from mora_serve.statistics import Floats
 from mora_serve.types import Completion, Dimension, Message, Rollout, Score, ScoredGroup
 
@@ -126,7 +126,7 @@ def presample(
     """Diagnose one prompt in rounds of ``n`` until it is decided or ``n_max`` is reached."""
     group = policy.group("prompt", means, n, rng)
     while True:
-        diagnostic = diagnose_group(
+        found = assess_group(
             calibrate_group(group, calibrator),
             calibrator,
             method,
@@ -135,8 +135,8 @@ def presample(
             classifier=classifier,
         )
         drawn = len(group.rollouts)
-        if not needs_more(diagnostic, n_max):
-            return diagnostic
+        if not needs_more(found, n_max):
+            return diagnose(found, calibrator, method)
         fresh = policy.rollouts(means, min(n, n_max - drawn), rng, start=drawn)
         group = replace(group, rollouts=(*group.rollouts, *fresh))
 

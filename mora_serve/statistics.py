@@ -13,6 +13,7 @@ c_16 = 1.20``, so ceilings compare only at equal ``n`` (:func:`subset_ceiling`,
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations
@@ -35,6 +36,7 @@ MAX_HYPERVOLUME_DIMENSIONS = 4
 _GRID_LIMIT = 12.0
 _GRID_POINTS = 4801
 _STANDARD_NORMAL = NormalDist()
+_NOT_FINITE = "rewards must be finite; leave missing scores out"
 
 
 def min_valid(num_rollouts: int) -> float:
@@ -47,13 +49,13 @@ def is_valid(num_valid: int, num_rollouts: int) -> bool:
     return num_valid >= min_valid(num_rollouts)
 
 
-def valid_values(group: ScoredGroup, dimension: Dimension) -> Floats:
+def valid_values(group: ScoredGroup, dimension: Dimension) -> tuple[float, ...]:
     """Calibrated rewards of the rollouts whose score on ``dimension`` is ok, in rollout order.
 
     Failed, timed-out, truncated, absent and uncalibrated scores are left out, not replaced.
     """
-    values = [_value(rollout.scores.get(dimension)) for rollout in group.rollouts]
-    return np.array([value for value in values if value is not None], dtype=np.float64)
+    values = (_value(rollout.scores.get(dimension)) for rollout in group.rollouts)
+    return tuple(value for value in values if value is not None)
 
 
 def joint_values(
@@ -72,16 +74,21 @@ def joint_values(
     return tuple(indices), matrix
 
 
-def mean(values: ArrayLike) -> float | None:
+# One dimension of one prompt is some ten numbers: plain Python is several times as fast on them as
+# numpy, and batches do this for every prompt and round.
+
+
+def mean(values: Sequence[float]) -> float | None:
     """Arithmetic mean, ``None`` of nothing."""
-    data = _finite(values)
-    return float(data.mean()) if data.size else None
+    return math.fsum(_checked(values)) / len(values) if len(values) else None
 
 
-def spread(values: ArrayLike) -> float | None:
+def spread(values: Sequence[float]) -> float | None:
     """Standard deviation with ddof 1, ``None`` under two values."""
-    data = _finite(values)
-    return float(data.std(ddof=1)) if data.size >= 2 else None
+    if len(values) < 2:
+        return None
+    middle = math.fsum(_checked(values)) / len(values)
+    return math.sqrt(math.fsum((x - middle) ** 2 for x in values) / (len(values) - 1))
 
 
 def ceiling_count(n: int) -> int:
@@ -89,21 +96,17 @@ def ceiling_count(n: int) -> int:
     return -(-n // 4)
 
 
-def ceiling(values: ArrayLike) -> float | None:
+def ceiling(values: Sequence[float]) -> float | None:
     """Mean of the best ``ceil(n/4)`` values, ``None`` of nothing."""
-    data = _finite(values)
-    if not data.size:
-        return None
-    return float(np.sort(data)[-ceiling_count(data.size) :].mean())
+    return subset_ceiling(values, len(values)) if len(values) else None
 
 
-def floor(values: ArrayLike) -> float | None:
+def floor(values: Sequence[float]) -> float | None:
     """Smallest value, ``None`` of nothing."""
-    data = _finite(values)
-    return float(data.min()) if data.size else None
+    return float(min(_checked(values))) if len(values) else None
 
 
-def subset_ceiling(values: ArrayLike, size: int) -> float | None:
+def subset_ceiling(values: Sequence[float], size: int) -> float | None:
     """Expected ceiling of a random subset of ``size`` values, exact; ``None`` with fewer values.
 
     The value of descending rank ``i`` (from 1) of ``n`` is among the best ``q = ceil(size/4)`` of a
@@ -112,21 +115,20 @@ def subset_ceiling(values: ArrayLike, size: int) -> float | None:
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
-    data = np.sort(_finite(values))[::-1]
-    if data.size < size:
+    if len(values) < size:
         return None
-    return float(data @ _subset_weights(int(data.size), size))
+    ordered = sorted(_checked(values), reverse=True)
+    return math.fsum(map(operator.mul, ordered, _subset_weights(len(ordered), size)))
 
 
 @lru_cache(maxsize=1024)
-def _subset_weights(n: int, size: int) -> Floats:
+def _subset_weights(n: int, size: int) -> tuple[float, ...]:
     count, total = ceiling_count(size), math.comb(n, size)
-    weights = [
+    return tuple(
         sum(math.comb(rank, j) * math.comb(n - 1 - rank, size - 1 - j) for j in range(count))
         / (total * count)
         for rank in range(n)
-    ]
-    return np.array(weights, dtype=np.float64)
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -296,8 +298,14 @@ def _value(score: Score | None) -> float | None:
     return score.value if math.isfinite(score.value) else None
 
 
+def _checked(values: Sequence[float]) -> Sequence[float]:
+    if not all(map(math.isfinite, values)):
+        raise ValueError(_NOT_FINITE)
+    return values
+
+
 def _finite(values: ArrayLike) -> Floats:
     data = np.asarray(values, dtype=np.float64)
     if not np.isfinite(data).all():
-        raise ValueError("rewards must be finite; leave missing scores out")
+        raise ValueError(_NOT_FINITE)
     return data

@@ -113,7 +113,7 @@ def test_missing_scores_are_left_out_of_values_not_replaced() -> None:
         "b": [1.0] * 6,
     }
     group = calibrate_group(make_group(raw), identity("a", "b"))
-    assert stats.valid_values(group, "a").tolist() == [1.0, 3.0]
+    assert stats.valid_values(group, "a") == (1.0, 3.0)
     indices, joint = stats.joint_values(group, ["a", "b"])
     assert indices == (0, 2)
     assert joint.tolist() == [[1.0, 1.0], [3.0, 1.0]]
@@ -121,7 +121,7 @@ def test_missing_scores_are_left_out_of_values_not_replaced() -> None:
 
 def test_all_rollouts_of_a_group_count() -> None:
     group = calibrate_group(make_group({"a": [float(i) for i in range(17)]}), identity("a"))
-    assert stats.valid_values(group, "a").size == 17
+    assert len(stats.valid_values(group, "a")) == 17
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
