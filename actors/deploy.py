@@ -172,13 +172,16 @@ class RunnerDeployment(WorkerReplica):
         generator: DeploymentHandle[Any],
         scorers: Mapping[str, DeploymentHandle[Any]],
     ) -> None:
-        from actors.runner import BatchRunner
+        from actors.runner import ROW_LISTS, BatchRunner
 
         settings = settings_from_dump(dump)
         stores = open_stores(settings)
         # Of a row whose engine was lost, the runner alone knows what it may do again.
-        tries = Tries(lost_repeats=0)
-        ports = ServeGenerator(generator, tries=tries), ServeScorer(scorers, tries=tries)
+        tries, chunk = Tries(lost_repeats=0), ROW_LISTS.max_items
+        ports = (
+            ServeGenerator(generator, tries=tries, chunk=chunk),
+            ServeScorer(scorers, tries=tries, chunk=chunk),
+        )
         super().__init__(
             BatchRunner(*ports, stores, settings, _replica_name()), stores.batches.backlog_rows
         )

@@ -28,6 +28,7 @@ from mora_serve.calibrators import load_calibrator
 from mora_serve.config import Settings
 from mora_serve.errors import MoraError, NotFoundError, StorageError
 from mora_serve.ports import Generator, Lease, Scorer
+from mora_serve.presampling import ListCalls
 from mora_serve.service import MoraService
 from mora_serve.store import Stores
 from mora_serve.store.batch_input import InputScan, NotUtf8Error, Shard
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 
 MAX_LEASES = 4
 """Shards one runner holds at a time: enough for several batches to advance side by side."""
+ROW_LISTS = ListCalls(max_items=64, window_s=0.05)
+"""Rows wait longer for company than callers do: nobody waits for a single row, and the time is
+little beside what sampling takes."""
 STOP_SHARE = 0.8
 """Share of the graceful shutdown time that running rows get before they are handed back."""
 
@@ -54,8 +58,9 @@ class BatchRunner:
         service: RowService | None = None,
     ) -> None:
         together, apart = (
-            service or MoraService(generator, scorer, load_calibrator(settings), settings)
-            for _ in range(2)
+            service
+            or MoraService(generator, scorer, load_calibrator(settings), settings, lists=lists)
+            for lists in (ROW_LISTS, ListCalls())
         )
         self._isolation = Isolation(together, apart)
         self._stores = stores

@@ -35,6 +35,8 @@ from mora_serve.store.batch_input import Line, split_lines
 
 log = logging.getLogger(__name__)
 
+LOOKS_PER_TAIL = 64
+"""A shard looks at the pair tail again after starting this share of ``max_stream_tail`` in rows."""
 T = TypeVar("T")
 
 
@@ -78,6 +80,7 @@ class ShardRun:
         self._permits = permits
         self._stopping = stopping
         self._on_started = on_started
+        self._unseen_rows = 0
         self.all_started = False
         """True once no row of the shard waits to be started; ``on_started`` was called then."""
 
@@ -203,6 +206,10 @@ class ShardRun:
 
     async def _room(self) -> None:
         """Wait while the pair tail is full: what is sealed can go, the rest waits for readers."""
+        self._unseen_rows -= 1
+        if self._unseen_rows > 0:
+            return
+        self._unseen_rows = self._limits.max_stream_tail // LOOKS_PER_TAIL
         batch_id, pairs = self.lease.batch_id, self._stores.pairs
         most = self._limits.max_stream_tail
         while not self._stopping.is_set():

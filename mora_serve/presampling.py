@@ -48,11 +48,18 @@ from mora_serve.types import (
     ScoreGroup,
 )
 
-MAX_LIST_ITEMS = 8
-"""Prompts in one generator or scorer call: enough to carry its overhead, few enough that a slow
-answer delays little."""
-BATCH_WINDOW_S = 0.001
-"""How long a prompt waits for company in its list call."""
+
+@dataclass(frozen=True, slots=True)
+class ListCalls:
+    """How prompts are gathered into calls of a generator or scorer."""
+
+    max_items: int = 8
+    """Prompts in one call: enough to carry its overhead, few enough that a slow answer delays
+    little."""
+    window_s: float = 0.001
+    """How long a prompt waits for company at most, while an earlier call is under way."""
+
+
 MAX_VERSION_CHANGES = 3
 """Policy swaps during one prompt's rounds after which it fails as retryable."""
 
@@ -117,12 +124,14 @@ class Sampler:
         scorer: Scorer,
         calibrator: Calibrator,
         method: MethodSettings,
+        lists: ListCalls = ListCalls(),
     ) -> None:
         self.calibrator = calibrator
         self.method = method
         self._scorer = scorer
+        self._lists = lists
         self._generations: MicroBatcher[GenerationRequest, Generation | Failure] = MicroBatcher(
-            generator.generate, max_items=MAX_LIST_ITEMS, window_s=BATCH_WINDOW_S
+            generator.generate, max_items=lists.max_items, window_s=lists.window_s
         )
         self._scorings: dict[
             tuple[Dimension, ...], MicroBatcher[ScoreGroup, list[dict[Dimension, Score]]]
@@ -231,7 +240,7 @@ class Sampler:
                 return await self._scorer.score(groups, dimensions)
 
             self._scorings[dimensions] = MicroBatcher(
-                call, max_items=MAX_LIST_ITEMS, window_s=BATCH_WINDOW_S
+                call, max_items=self._lists.max_items, window_s=self._lists.window_s
             )
         return self._scorings[dimensions]
 

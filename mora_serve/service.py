@@ -35,7 +35,7 @@ from mora_serve.errors import (
 from mora_serve.identity import content_hash, prompt_id
 from mora_serve.planning import Planner, default
 from mora_serve.ports import Generator, Rewriter, Scorer
-from mora_serve.presampling import Plan, PromptFailedError, Sampler, Usage
+from mora_serve.presampling import ListCalls, Plan, PromptFailedError, Sampler, Usage
 from mora_serve.requests import (
     DiagnosticsRequest,
     MoraRequest,
@@ -99,12 +99,13 @@ class MoraService:
         settings: Settings,
         *,
         rewriter: Generator | None = None,
+        lists: ListCalls = ListCalls(),  # noqa: B008  frozen
     ) -> None:
         self._generator = generator
         self._scorer = scorer
         self._method = settings.method
         self._planner = Planner(settings)
-        self._sampler = Sampler(generator, scorer, calibrator, settings.method)
+        self._sampler = Sampler(generator, scorer, calibrator, settings.method, lists)
         self._rewriters: Mapping[str, Rewriter] = build_rewriters(
             rewriter or generator, settings.method.rewriter_model
         )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from operator import attrgetter
+from typing import Any, Literal, TypeVar
 
 Dimension = str
 """Name of a reward dimension, for example ``"helpful"``."""
@@ -20,7 +21,22 @@ FinishReason = Literal["stop", "length"]
 ScoreStatus = Literal["ok", "failed", "timeout", "truncated"]
 """Only ``ok`` carries a value. ``truncated`` means that the answer does not fit the scorer."""
 
+T = TypeVar("T")
 
+
+def compact(cls: type[T]) -> type[T]:
+    """Pickle a slotted dataclass by position, in a third of the time that the state which
+    dataclasses generate takes: lists of these records cross processes for every batch row."""
+    state = attrgetter(*cls.__slots__)  # type: ignore[attr-defined]
+
+    def reduce(self: T) -> tuple[type[T], tuple[Any, ...]]:
+        return cls, state(self)
+
+    cls.__reduce__ = reduce  # type: ignore[assignment]
+    return cls
+
+
+@compact
 @dataclass(frozen=True, slots=True)
 class Message:
     """One chat turn, for example ``Message("user", "Why is the sky blue?")``."""
@@ -33,6 +49,7 @@ Messages = tuple[Message, ...]
 """A conversation; the last turn is the user's."""
 
 
+@compact
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How completions are drawn, for example ``Sampling(n=8, temperature=0.7)``."""
@@ -51,6 +68,7 @@ class Sampling:
     """Strings that end a completion; not part of the returned text."""
 
 
+@compact
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A prompt with its sampling, for one call of a generator."""
@@ -61,6 +79,7 @@ class GenerationRequest:
     """Policy version to sample; ``None`` is the version that is current when generation starts."""
 
 
+@compact
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled answer."""
@@ -71,6 +90,7 @@ class Completion:
     """Completion tokens, the end-of-sequence token included when it was drawn."""
 
 
+@compact
 @dataclass(frozen=True, slots=True)
 class Generation:
     """Answers to one request: exactly ``sampling.n`` of them, all from one policy version."""
@@ -82,6 +102,7 @@ class Generation:
     """Prompt tokens that came from the engine's prefix cache."""
 
 
+@compact
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Why one item of a list call has no result, while its neighbours may have one."""
@@ -94,6 +115,7 @@ class Failure:
     """True for infrastructure failures; False when the item itself is at fault."""
 
 
+@compact
 @dataclass(frozen=True, slots=True)
 class ScoreGroup:
     """A prompt with answers to it. Scorers encode the prompt once for all of them."""
@@ -102,6 +124,7 @@ class ScoreGroup:
     responses: tuple[str, ...]
 
 
+@compact
 @dataclass(frozen=True, slots=True)
 class Score:
     """What one scorer says of one answer on one dimension."""
@@ -117,6 +140,7 @@ class Score:
     revision: str
 
 
+@compact
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """A completion with its scores by dimension."""
@@ -127,6 +151,7 @@ class Rollout:
     scores: Mapping[Dimension, Score]
 
 
+@compact
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
     """All rollouts of one prompt under one policy version: the unit of every statistic."""
