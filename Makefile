@@ -48,6 +48,10 @@ bench-scorers: setup  ## Scorers: engines, precisions, batch policies, fused and
 	$(PY) -m mora_serve models prepare --out .cache/models/SmolLM2-135M-Instruct
 	$(PY) -m benchmarks.scorers $(BENCH_ARGS)
 
+.PHONY: bench-batch
+bench-batch: setup  ## Batches: rows a second, memory, and where the time goes, at 1k, 10k and 100k rows
+	$(PY) -m benchmarks.batch $(BENCH_ARGS)
+
 .PHONY: retest
 retest: setup  ## Do classes repeat on fresh rollouts? Agreement, with the embedded policy
 	$(PY) -m benchmarks.retest $(BENCH_ARGS)

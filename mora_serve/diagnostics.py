@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -66,36 +66,19 @@ class DimensionDiagnostic:
     """Rollouts at which the dimension becomes measurable; ``None`` when no number suffices."""
 
 
-class Assessed(Protocol):
-    """What :func:`needs_more` looks at."""
-
-    @property
-    def prompt_class(self) -> PromptClass | None: ...
-    @property
-    def dimensions(self) -> Mapping[Dimension, DimensionDiagnostic]: ...
-    @property
-    def num_rollouts(self) -> int: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """One group judged dimension by dimension."""
+    """One group judged dimension by dimension, without the statistics that only a reader needs."""
 
     group: ScoredGroup
+    evidence: Mapping[Dimension, Evidence]
     classification: Classification
-    dimensions: Mapping[Dimension, DimensionDiagnostic]
-    warnings: tuple[str, ...]
-    """As in :class:`Diagnostic`."""
+    min_reliability: float
 
-    @property
-    def prompt_class(self) -> PromptClass:
-        """See :mod:`mora_serve.classification`."""
-        return self.classification.prompt_class
-
-    @property
-    def num_rollouts(self) -> int:
-        """Rollouts drawn, valid or not."""
-        return len(self.group.rollouts)
+    def describe(self) -> dict[Dimension, DimensionDiagnostic]:
+        """Statistics of every dimension."""
+        states, needed = self.classification.states, self.min_reliability
+        return {k: _describe(item, states[k], needed) for k, item in self.evidence.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +165,7 @@ def assess_group(
     """
     policy = classifier or build_classifier(method)
     evidence = {k: gather_evidence(group, k, calibrator, method, n) for k in dimensions}
-    result = policy.classify(evidence)
-    needed = method.min_reliability
-    details = {k: _describe(item, result.states[k], needed) for k, item in evidence.items()}
-    return Assessment(group, result, details, _warnings(group, evidence))
+    return Assessment(group, evidence, policy.classify(evidence), method.min_reliability)
 
 
 def diagnose_group(
@@ -204,7 +184,8 @@ def diagnose_group(
 
 def diagnose(found: Assessment, calibrator: Calibrator, method: MethodSettings) -> Diagnostic:
     """The assessment with the statistics of its dimensions together."""
-    group, dimensions = found.group, tuple(found.dimensions)
+    group, result = found.group, found.classification
+    dimensions = tuple(found.evidence)
     indices, joint = joint_values(group, dimensions)
     correlation = statistics.spearman_matrix(joint)
     pairs = statistics.conflicting_pairs(correlation, len(indices), method.min_conflict)
@@ -213,10 +194,10 @@ def diagnose(found: Assessment, calibrator: Calibrator, method: MethodSettings) 
         prompt_id=group.prompt_id,
         status="ok",
         error=None,
-        prompt_class=found.prompt_class,
-        class_probability=found.classification.probability,
+        prompt_class=result.prompt_class,
+        class_probability=result.probability,
         conflicted=None if pairs is None else bool(pairs),
-        dimensions=found.dimensions,
+        dimensions=found.describe(),
         correlation=_named_matrix(correlation, dimensions),
         pareto=tuple(indices[row] for row in statistics.pareto_front(joint)),
         hypervolume=_hypervolume(joint, calibrator, dimensions),
@@ -226,7 +207,7 @@ def diagnose(found: Assessment, calibrator: Calibrator, method: MethodSettings) 
         n_joint=len(indices),
         num_rollouts=len(group.rollouts),
         share_cut=sum(cut) / len(cut) if cut else None,
-        warnings=found.warnings,
+        warnings=_warnings(group, found.evidence),
     )
 
 
@@ -239,19 +220,18 @@ def failed_diagnostic(prompt_id: str, failure: Failure) -> Diagnostic:
     )  # fmt: skip
 
 
-def needs_more(found: Assessed, n_max: int | None = None) -> bool:
+def needs_more(found: Assessment, n_max: int | None = None) -> bool:
     """Whether adaptive pre-sampling should draw another round for this prompt.
 
     True while a dimension is undecided, and while one is unmeasurable now but would be measurable
     within ``n_max`` rollouts (``None``: the caller bounds the rounds). False once ``n_max``
-    rollouts are drawn, for failed prompts and for ``unknown`` ones: missing scores are not cured
-    by more rollouts.
+    rollouts are drawn, and for ``unknown`` prompts: missing scores are not cured by more rollouts.
     """
-    if found.prompt_class is None or found.prompt_class == UNKNOWN:
+    if found.classification.prompt_class == UNKNOWN:
         return False
-    if n_max is not None and found.num_rollouts >= n_max:
+    if n_max is not None and len(found.group.rollouts) >= n_max:
         return False
-    return any(_open(item, n_max) for item in found.dimensions.values())
+    return any(_is_open(found, k, n_max) for k in found.evidence)
 
 
 def gather_evidence(
@@ -346,11 +326,12 @@ def _warnings(group: ScoredGroup, evidence: Mapping[Dimension, Evidence]) -> tup
     return tuple(found)
 
 
-def _open(item: DimensionDiagnostic, n_max: int | None) -> bool:
-    if item.state == "unmeasurable":
-        needed = item.n_measurable
+def _is_open(found: Assessment, dimension: Dimension, n_max: int | None) -> bool:
+    state = found.classification.states[dimension]
+    if state == "unmeasurable":
+        needed = found.evidence[dimension].calibration.rollouts_for(found.min_reliability)
         return needed is not None and (n_max is None or needed <= n_max)
-    return item.state == "undecided"
+    return state == "undecided"
 
 
 def _mean_reliability(items: Sequence[Diagnostic], dimension: Dimension) -> float | None:

@@ -214,26 +214,18 @@ class FakeScorer:
         rows = []
         for index, response in enumerate(group.responses):
             key = _digest_bytes(prompt_key + response.encode("utf-8", "surrogatepass"))
+            num_tokens = len(response.split())
+            usual: ScoreStatus = "truncated" if num_tokens > self._max_tokens else "ok"
             row = {}
             for dimension in dimensions:
-                status = self._status_of(group, index, dimension, broken)
+                given = self._status and self._status(group, index, dimension)
+                status = "failed" if broken else given or usual
                 noise = _noise(key, dimension, conflict)
                 row[dimension] = _score(dimension, status, means[dimension] + SIGMA * noise)
-            if num_prompt_tokens + len(response.split()) > self._max_tokens:
+            if num_prompt_tokens + num_tokens > self._max_tokens:
                 row = {k: replace(s, reason=s.reason or "prompt cut") for k, s in row.items()}
             rows.append(row)
         return rows
-
-    def _status_of(
-        self, group: ScoreGroup, index: int, dimension: Dimension, broken: bool
-    ) -> ScoreStatus:
-        if broken:
-            return "failed"
-        if self._status is not None:
-            status = self._status(group, index, dimension)
-            if status is not None:
-                return status
-        return "truncated" if len(group.responses[index].split()) > self._max_tokens else "ok"
 
 
 def split_intents(

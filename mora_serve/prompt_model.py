@@ -159,14 +159,16 @@ def _welch(a: Floats, b: Floats, fallback_sigma: float) -> tuple[float, float]:
 def student_quantile(probability: float, freedom: float) -> float:
     """Quantile of Student's t for ``probability`` in (0, 1) and ``freedom`` of at least 1.
 
-    Newton's method from the normal quantile: above the median the cumulative distribution is
-    concave and the start lies below the root, so the steps rise to it and never overshoot.
+    Newton's method from the first two terms of Fisher's expansion around the normal quantile
+    (Abramowitz and Stegun, 26.7.5). Above the median the cumulative distribution is concave, so a
+    step never ends above the root.
     """
     if not 0 < probability < 1 or freedom < 1:
         raise ValueError(f"need 0 < probability < 1 and freedom >= 1, got {probability}, {freedom}")
     if probability < 0.5:
         return -student_quantile(1 - probability, freedom)
-    t = _STANDARD_NORMAL.inv_cdf(probability)
+    z = _STANDARD_NORMAL.inv_cdf(probability)
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
     for _ in range(100):
         density = _student_constant(freedom) * (1 + t * t / freedom) ** (-(freedom + 1) / 2)
         step = (probability - student_cdf(t, freedom)) * math.sqrt(freedom) / density

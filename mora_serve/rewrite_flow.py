@@ -22,7 +22,7 @@ from mora_serve import wire
 from mora_serve.acceptance import Decision, choose, decide, selection_gain
 from mora_serve.classification import FLAT, UNKNOWN
 from mora_serve.config import MethodSettings
-from mora_serve.diagnostics import Assessment, Diagnostic
+from mora_serve.diagnostics import Diagnostic, DimensionDiagnostic
 from mora_serve.identity import content_hash, prompt_id
 from mora_serve.pairs import Mode, NoPair, PairRules, select_pairs
 from mora_serve.ports import Candidate, RewriteContext, Rewriter
@@ -255,11 +255,13 @@ class RewriteFlow:
             "targets": [] if trial is None else list(trial.candidate.targets),
             "gain": None if trial is None or not trial.decision else trial.decision.gain,
             "rewards_before": _means(
-                original if before is original.group else self._sampler.assess(before, self._plan)
+                original.dimensions
+                if before is original.group
+                else self._sampler.assess(before, self._plan).describe()
             ),
             "rewards_after": None
             if trial is None
-            else _means(self._sampler.assess(group, self._plan)),
+            else _means(self._sampler.assess(group, self._plan).describe()),
             "policy_version": group.policy_version,
             "scorers": {k: [calibrator[k].model, calibrator[k].revision] for k in dimensions},
             "calibrator": calibrator.version,
@@ -313,10 +315,10 @@ def _reachable(diagnostic: Diagnostic) -> tuple[Dimension, ...]:
     return tuple(k for k, item in diagnostic.dimensions.items() if item.state == "reachable")
 
 
-def _means(diagnostic: Diagnostic | Assessment) -> dict[str, Any]:
+def _means(dimensions: Mapping[Dimension, DimensionDiagnostic]) -> dict[str, Any]:
     return {
         k: {"mean": item.mean, "ceiling": item.ceiling, "n_valid": item.n_valid}
-        for k, item in diagnostic.dimensions.items()
+        for k, item in dimensions.items()
     }
 
 

@@ -16,8 +16,10 @@ from mora_serve.calibration import Calibrator, calibrate_group
 from mora_serve.classification import FixedCutClassifier
 from mora_serve.config import MethodSettings
 from mora_serve.diagnostics import (
+    Assessment,
     Diagnostic,
     aggregate,
+    assess_group,
     diagnose_group,
     failed_diagnostic,
     needs_more,
@@ -41,6 +43,13 @@ def diagnose(
     raw = dict(zip(NAMES, columns, strict=False))
     group = calibrate_group(make_group(raw), calibrator)
     return diagnose_group(group, calibrator, method, list(raw), n)
+
+
+def assess(*columns: Sequence[Raw], calibrator: Calibrator = CALIBRATOR) -> Assessment:
+    raw = dict(zip(NAMES, columns, strict=False))
+    return assess_group(
+        calibrate_group(make_group(raw), calibrator), calibrator, METHOD, list(raw), 8
+    )
 
 
 def test_single_prompt_is_named_after_its_reachable_dimension() -> None:
@@ -84,7 +93,7 @@ def test_missing_scores_are_unknown_neither_low_nor_inactive(status: str | None)
     assert result.prompt_class == "unknown"
     assert (item.reach, item.state, item.n_valid) == (None, None, 3)
     assert result.class_probability is None
-    assert not needs_more(diagnose(MIDDLE, column, LOW), 24)
+    assert not needs_more(assess(MIDDLE, column, LOW), 24)
 
 
 def test_a_few_failed_scores_do_not_move_the_statistics_towards_zero() -> None:
@@ -181,19 +190,19 @@ def test_a_classifier_may_be_given_instead_of_the_settings() -> None:
 
 
 def test_undecided_prompts_get_rounds_until_n_max_and_decided_ones_get_none() -> None:
-    undecided = diagnose(HIGH, MIDDLE)
+    undecided = assess(HIGH, MIDDLE)
     assert needs_more(undecided)
     assert needs_more(undecided, 24)
     assert not needs_more(undecided, 8)
-    assert not needs_more(diagnose(HIGH, LOW), 24)
+    assert not needs_more(assess(HIGH, LOW), 24)
 
 
 def test_an_unmeasurable_dimension_gets_rounds_only_if_they_can_cure_it() -> None:
     nearly, never = identity("a", tau=0.3), identity("a", tau=0.01)
     assert diagnose(MIDDLE, calibrator=nearly).dimensions["a"].state == "unmeasurable"
-    assert needs_more(diagnose(MIDDLE, calibrator=nearly), 24)
-    assert not needs_more(diagnose(MIDDLE, calibrator=never), 24)
-    assert not needs_more(diagnose(MIDDLE, calibrator=identity("a", tau=0.0)))
+    assert needs_more(assess(MIDDLE, calibrator=nearly), 24)
+    assert not needs_more(assess(MIDDLE, calibrator=never), 24)
+    assert not needs_more(assess(MIDDLE, calibrator=identity("a", tau=0.0)))
 
 
 @settings(max_examples=40, deadline=None)
