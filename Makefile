@@ -56,6 +56,14 @@ bench-batch: setup  ## Batches: rows a second, memory, and where the time goes, 
 retest: setup  ## Do classes repeat on fresh rollouts? Agreement, with the embedded policy
 	$(PY) -m benchmarks.retest $(BENCH_ARGS)
 
+.PHONY: chaos
+chaos: setup  ## A batch on the real stack under SIGKILLs of every kind: nothing lost, nothing twice
+	$(PY) -m benchmarks.chaos $(BENCH_ARGS)
+
+.PHONY: elasticity
+elasticity: setup  ## A backlog grows every pool to its maximum, idleness brings it back to none
+	$(PY) -m benchmarks.elasticity $(BENCH_ARGS)
+
 .PHONY: lock
 lock: setup  ## Resolve the lock file anew, keeping what still fits
 	.venv/bin/uv pip compile pyproject.toml --extra embedded --extra train --extra dev \
