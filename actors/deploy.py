@@ -14,10 +14,11 @@ from typing import Any
 from prometheus_client import REGISTRY
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 
 from actors.adapters import ServeGenerator, ServeScorer, Tries
-from actors.autoscaling import BacklogPolicy
+from actors.autoscaling import backlog_policy
 from actors.generator import GeneratorReplica, PolicyEngine
 from actors.metrics import GeneratorMetrics, MetricsPublisher, ScorerMetrics, StatsCollector
 from actors.runtime import torch_environment
@@ -36,6 +37,8 @@ from mora_serve.store import open_stores
 GENERATOR = "generator"
 RUNNER = "runner"
 LAUNCHER = "launcher"
+REPORTS_PER_PERIOD = 3
+"""How often calls under way are reported within the period they are averaged over."""
 
 
 def scorer_deployment_name(name: str) -> str:
@@ -74,13 +77,20 @@ def build_backends(settings: Settings) -> Backends:
         RunnerDeployment,
         RUNNER,
         settings.runner.replica,
-        policy={
-            "policy_function": BacklogPolicy,
-            "policy_kwargs": {"rows_per_replica": settings.runner.shard_rows},
-        },
+        policy=backlog_policy(settings.runner.shard_rows, settings.redis),
     ).bind(dump, generator, scorers)
     launcher = _deployment(LauncherDeployment, LAUNCHER, ReplicaSettings()).bind(dump)
     return Backends(generator, scorers, runner, launcher)
+
+
+def pools_from_zero(settings: Settings) -> frozenset[str]:
+    """Deployments that may be without a replica."""
+    replicas = {
+        GENERATOR: settings.policy.replica,
+        RUNNER: settings.runner.replica,
+        **{scorer_deployment_name(item.name): item.replica for item in settings.scorers},
+    }
+    return frozenset(name for name, replica in replicas.items() if replica.min_replicas == 0)
 
 
 def _deployment(
@@ -89,7 +99,7 @@ def _deployment(
     replica: ReplicaSettings,
     *,
     env_vars: Mapping[str, str] | None = None,
-    policy: Mapping[str, Any] | None = None,
+    policy: AutoscalingPolicy | None = None,
 ) -> Any:
     options: dict[str, Any] = {
         "name": name,
@@ -100,15 +110,25 @@ def _deployment(
         "ray_actor_options": _actor_options(replica, env_vars or {}),
     }
     if replica.max_replicas > replica.min_replicas:
-        options["autoscaling_config"] = {
-            "min_replicas": replica.min_replicas,
-            "max_replicas": replica.max_replicas,
-            "target_ongoing_requests": max(1, replica.max_ongoing_requests // 2),
-            **({} if policy is None else {"policy": dict(policy)}),
-        }
+        options["autoscaling_config"] = _autoscaling(replica, policy)
     else:
         options["num_replicas"] = replica.max_replicas
     return serve.deployment(**options)(target)
+
+
+def _autoscaling(replica: ReplicaSettings, policy: AutoscalingPolicy | None) -> AutoscalingConfig:
+    target = replica.target_ongoing_requests or max(1, replica.max_ongoing_requests // 2)
+    return AutoscalingConfig(
+        min_replicas=replica.min_replicas,
+        max_replicas=replica.max_replicas,
+        target_ongoing_requests=target,
+        upscale_delay_s=replica.upscale_delay_s,
+        downscale_delay_s=replica.downscale_delay_s,
+        downscale_to_zero_delay_s=replica.downscale_to_zero_delay_s,
+        look_back_period_s=replica.look_back_period_s,
+        metrics_interval_s=replica.look_back_period_s / REPORTS_PER_PERIOD,
+        **({} if policy is None else {"policy": policy}),
+    )
 
 
 def _actor_options(replica: ReplicaSettings, env_vars: Mapping[str, str]) -> dict[str, Any]:
@@ -182,9 +202,7 @@ class RunnerDeployment(WorkerReplica):
             ServeGenerator(generator, tries=tries, chunk=chunk),
             ServeScorer(scorers, tries=tries, chunk=chunk),
         )
-        super().__init__(
-            BatchRunner(*ports, stores, settings, _replica_name()), stores.batches.backlog_rows
-        )
+        super().__init__(BatchRunner(*ports, stores, settings, _replica_name()))
         await self.start()
 
     async def __del__(self) -> None:  # type: ignore[misc]

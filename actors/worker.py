@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from actors.autoscaling import BACKLOG
 from mora_serve.errors import MoraError
 
 
@@ -18,14 +16,10 @@ class Worker(Protocol):
 
 
 class WorkerReplica:
-    """Runs a :class:`Worker` in the background; unhealthy once it has ended by itself.
+    """Runs a :class:`Worker` in the background; unhealthy once it has ended by itself."""
 
-    ``backlog`` tells how much work waits, for the autoscaler; ``None`` when it needs none.
-    """
-
-    def __init__(self, worker: Worker, backlog: Callable[[], Awaitable[int]] | None = None) -> None:
+    def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._backlog = backlog
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -41,7 +35,3 @@ class WorkerReplica:
         if self._task is not None and self._task.done():
             error = None if self._task.cancelled() else self._task.exception()
             raise MoraError(f"the worker ended by itself ({type(error).__name__})") from error
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve; what :class:`~actors.autoscaling.BacklogPolicy` reads."""
-        return {} if self._backlog is None else {BACKLOG: float(await self._backlog())}

@@ -17,7 +17,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from actors.adapters import ServeGenerator, ServeScorer
-from actors.deploy import build_backends
+from actors.deploy import build_backends, pools_from_zero
 from actors.metrics import MetricsPublisher
 from api.app import create_app
 from api.deps import Deps
@@ -59,6 +59,7 @@ class Gateway:
         settings = self._settings
         # Asking a scorer that may start from zero for its revision would start it.
         idle = any(scorer.replica.min_replicas == 0 for scorer in settings.scorers)
+        pools = PoolMonitor(_deployments, self._pools, from_zero=pools_from_zero(settings))
         service = MoraService(self._generator, self._scorer, load_calibrator(settings), settings)
         stores = open_stores(settings)
         metrics = GatewayMetrics()
@@ -70,9 +71,7 @@ class Gateway:
                 scorer=self._scorer,
                 stores=stores,
                 settings=settings,
-                readiness=CheckedPools(
-                    PoolMonitor(_deployments, self._pools), None if idle else service.start
-                ),
+                readiness=CheckedPools(pools, None if idle else service.start),
                 replica=name,
                 sets_request_id=False,
                 metrics=metrics,

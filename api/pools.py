@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,8 @@ from mora_serve.errors import MoraError
 CACHE_S = 0.5
 """How long one status answers probes."""
 STATUS_TIMEOUT_S = 5.0
+SCALING = ("UPSCALING", "DOWNSCALING")
+"""What Serve calls a deployment that is on its way from none or to none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +37,19 @@ class DeploymentStatus(Protocol):
     replica_states: Mapping[str, int]
 
 
-def pool_states(deployments: Mapping[str, DeploymentStatus]) -> dict[str, Pool]:
-    """State of every deployment of the application, by name."""
-    return {name: _pool(status) for name, status in deployments.items()}
+def pool_states(
+    deployments: Mapping[str, DeploymentStatus], from_zero: Collection[str] = ()
+) -> dict[str, Pool]:
+    """State of every deployment of the application, by name; ``from_zero`` may have no replica."""
+    return {name: _pool(status, name in from_zero) for name, status in deployments.items()}
 
 
-def _pool(deployment: DeploymentStatus) -> Pool:
+def _pool(deployment: DeploymentStatus, from_zero: bool) -> Pool:
     running = sum(
         count for state, count in deployment.replica_states.items() if _plain(state) == "RUNNING"
     )
     status = _plain(deployment.status)
-    ready = running > 0 or status == "HEALTHY"
+    ready = running > 0 or status == "HEALTHY" or (from_zero and status in SCALING)
     return Pool(ready, f"{status}, {running} running")
 
 
@@ -57,7 +61,8 @@ def _plain(value: str) -> str:
 class PoolMonitor:
     """Asks for the deployments' status at most every ``CACHE_S``; concurrent probes share a call.
 
-    ``fetch`` blocks; it runs in a thread. ``expected`` are the pools that must be reported.
+    ``fetch`` blocks; it runs in a thread. ``expected`` are the pools that must be reported,
+    ``from_zero`` those that may be without a replica.
     """
 
     def __init__(
@@ -65,7 +70,10 @@ class PoolMonitor:
         fetch: Callable[[], Mapping[str, DeploymentStatus]],
         expected: tuple[str, ...],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        from_zero: Collection[str] = (),
     ) -> None:
+        self._from_zero = from_zero
         self._fetch = fetch
         self._expected = expected
         self._clock = clock
@@ -83,7 +91,7 @@ class PoolMonitor:
     async def _read(self) -> dict[str, Pool]:
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):
-                states = pool_states(await asyncio.to_thread(self._fetch))
+                states = pool_states(await asyncio.to_thread(self._fetch), self._from_zero)
         except TimeoutError:
             return {"serve": Pool(False, "the controller does not answer")}
         missing = {name: Pool(False, "not deployed yet") for name in self._expected}

@@ -19,7 +19,19 @@ class ReplicaSettings(Section):
     """Ray Serve placement and scale of one deployment."""
 
     min_replicas: int = Field(default=1, ge=0)
+    """Replicas while nothing is to be done; 0 starts from none, which the first calls wait for."""
     max_replicas: int = Field(default=1, ge=1)
+    target_ongoing_requests: Positive | None = None
+    """Calls under way per replica above which another one starts; ``None`` is half of
+    ``max_ongoing_requests``. Batch runners go by their backlog instead."""
+    upscale_delay_s: float = Field(default=10.0, ge=0.0)
+    """How long more replicas must be wanted; the first one after none starts at once."""
+    downscale_delay_s: float = Field(default=300.0, ge=0.0)
+    """How long fewer replicas must be wanted."""
+    downscale_to_zero_delay_s: float | None = Field(default=None, ge=0.0)
+    """The same for the last replica; ``None`` is ``downscale_delay_s``."""
+    look_back_period_s: Positive = 30.0
+    """Calls under way are averaged over this time."""
     num_cpus: float = Field(default=0.0, ge=0.0)
     num_gpus: float = Field(default=0.0, ge=0.0)
     resources: dict[str, float] = Field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from mora_serve.client import Client
+from mora_serve.redis_server import RedisServer
+from mora_serve.store.redis_client import RedisClient
 from tests.e2e.running import CONFIG, Up, eventually, free_port
 
 NUM_ROWS = 24
@@ -32,6 +35,7 @@ def test_batch_that_was_cut_short_by_sigterm_is_finished_by_the_next_up(tmp_path
         eventually(lambda: first.family() == [], 10.0)
     finally:
         first.kill_all()
+    assert leased_shards(data_dir, batch_id) == []
     second = Up(data_dir, port)
     try:
         second.wait_for("ready ")
@@ -66,6 +70,23 @@ def test_up_that_was_killed_can_be_started_again_at_once(tmp_path: Path) -> None
         if second is not None:
             second.stop()
             second.kill_all()
+
+
+def leased_shards(data_dir: Path, batch_id: str) -> list[bytes]:
+    """Shards that somebody holds, as the stopped stack's Redis has them on disk."""
+    server = RedisServer(data_dir / "redis")
+    server.start()
+
+    async def read() -> list[bytes]:
+        client = RedisClient(server.url)
+        held = await client.command("ZRANGE", f"mora:batch:{batch_id}:leased", 0, -1)
+        await client.aclose()
+        return list(held)
+
+    try:
+        return asyncio.run(read())
+    finally:
+        server.stop()
 
 
 def start_batch(client: Client) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-from actors.autoscaling import BACKLOG, BacklogPolicy
-from actors.deploy import build_backends, build_engine, build_scorer
+from ray import cloudpickle
+from ray.serve._private.config import DeploymentConfig
+
+from actors.autoscaling import BacklogPolicy
+from actors.deploy import build_backends, build_engine, build_scorer, pools_from_zero
 from actors.fake_engine import FakeEngine
 from actors.scoring.remote.scorer import RemoteScorer
 from mora_serve.config import dump_settings, load_settings, settings_from_dump
@@ -69,24 +71,43 @@ def test_a_range_of_replicas_autoscales() -> None:
     assert (autoscaling.min_replicas, autoscaling.max_replicas) == (1, 4)
 
 
-def test_the_runner_scales_by_its_backlog() -> None:
-    built = deployment(backends(runner={"shard_rows": 10}).runner)
-    policy = built._deployment_config.autoscaling_config.policy
-    assert policy.get_policy() is BacklogPolicy
-    assert policy.policy_kwargs == {"rows_per_replica": 10}
+def test_scaling_takes_its_times_from_the_replica_section() -> None:
+    replica = {
+        "min_replicas": 0,
+        "max_replicas": 3,
+        "target_ongoing_requests": 5,
+        "upscale_delay_s": 1,
+        "downscale_delay_s": 20,
+        "downscale_to_zero_delay_s": 60,
+        "look_back_period_s": 6,
+    }
+    built = deployment(backends(policy={"replica": replica}).generator)
+    scaling = built._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (0, 3)
+    assert scaling.target_ongoing_requests == 5
+    assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (1, 20)
+    assert scaling.downscale_to_zero_delay_s == 60
+    assert (scaling.look_back_period_s, scaling.metrics_interval_s) == (6, 2)
 
 
-def test_backlog_policy_asks_for_one_replica_per_share_and_at_least_one() -> None:
-    policy = BacklogPolicy(rows_per_replica=10)
+def test_the_runners_policy_reaches_the_controller_without_showing_the_stores_password() -> None:
+    redis = {"url": "redis://:hush@127.0.0.1:1", "key_prefix": "other"}
+    built = deployment(backends(runner={"shard_rows": 10}, redis=redis).runner)
+    arrived = DeploymentConfig.from_proto_bytes(built._deployment_config.to_proto_bytes())
+    again = cloudpickle.loads(cloudpickle.dumps(arrived))
+    for config in (arrived, again):
+        policy = config.autoscaling_config.policy
+        assert isinstance(policy.get_policy(), BacklogPolicy)
+        assert policy.policy_kwargs == {}
+        assert "hush" not in f"{config!r} {config.model_dump()} {vars(policy.get_policy())}"
 
-    def wanted(*reports: float) -> int:
-        metrics = {BACKLOG: {str(index): value for index, value in enumerate(reports)}}
-        return policy(cast(Any, SimpleNamespace(aggregated_metrics=metrics)))[0]
 
-    assert wanted(0.0) == 1
-    assert wanted(10.0) == 1
-    assert wanted(11.0, 9.0) == 2
-    assert policy(cast(Any, SimpleNamespace(aggregated_metrics=None)))[0] == 1
+def test_pools_that_may_have_no_replica_are_named() -> None:
+    none = {"min_replicas": 0}
+    scorer = {"name": "one", "backend": "fake", "dimensions": DIMENSIONS, "replica": none}
+    overrides = {"policy": {"replica": none}, "scorers": [scorer]}
+    settings = load_settings("fake", environ={}, overrides=overrides)
+    assert pools_from_zero(settings) == {"generator", "scorer-one"}
 
 
 def test_the_fake_backend_needs_no_weights() -> None:

@@ -76,6 +76,14 @@ def test_pool_is_ready_when_it_runs_or_may_start_from_zero(status: Status, ready
     assert pool_states({"p": status})["p"].ready is ready
 
 
+@pytest.mark.parametrize("status", ["UPSCALING", "DOWNSCALING", "HEALTHY"])
+def test_pool_that_may_start_from_zero_is_ready_on_its_way_from_there_and_back(status: str) -> None:
+    starting = {"p": Status(status, {"STARTING": 1})}
+    assert pool_states(starting, from_zero={"p"})["p"].ready
+    assert pool_states(starting, from_zero={"other"})["p"].ready is (status == "HEALTHY")
+    assert not pool_states({"p": Status("UNHEALTHY", {})}, from_zero={"p"})["p"].ready
+
+
 async def test_pool_that_serve_does_not_know_yet_is_not_ready() -> None:
     monitor = PoolMonitor(dict, ("generator",))
 

@@ -386,3 +386,35 @@ async def test_a_stopped_runner_finishes_its_rows_and_hands_the_rest_back() -> N
 async def test_stopping_a_runner_that_never_ran_returns() -> None:
     async with asyncio.timeout(5):
         await make_runner(Stores.memory(), EchoService()).stop()
+
+
+async def test_a_small_batch_behind_a_huge_one_takes_turns_with_it() -> None:
+    order: list[str] = []
+    stores = Stores.memory()
+
+    async def answer(prompt: str) -> None:
+        order.append(prompt[0])
+        await asyncio.sleep(0.005)
+
+    def rows(name: str, number: int) -> list[bytes]:
+        return [row_line(n, body={"prompt": f"{name}{n}"}) for n in range(number)]
+
+    service = EchoService(lambda prompt, _call: answer(prompt))
+    runners = [
+        make_runner(stores, service, f"w{n}", shard_rows=256, max_in_flight_rows=8)
+        for n in range(2)
+    ]
+    await submit(stores, rows("huge", 50_000), "huge")
+    async with running(*runners):
+        while len(order) < 100:
+            await asyncio.sleep(0.01)
+        before = len(order)
+        small = await submit(stores, rows("small", 50), "small")
+        batch = await ended(stores, small)
+    assert batch["request_counts"]["completed"] == 50
+    last = len(order) - order[::-1].index("s")
+    first = order.index("s")
+    # The runner that has the small batch takes a row of each in turn, while the other one goes on
+    # with the huge one: three rows of it for one. Before that the small one is validated.
+    assert order[first:last].count("h") <= 4 * 50
+    assert order[before:last].count("h") <= 6 * 50
