@@ -128,6 +128,34 @@ async def _check(stores: Stores, shards: Sequence[int], steps: Sequence[tuple[st
     ]
 
 
+async def _check_cancelled(
+    stores: Stores, shards: Sequence[int], steps: Sequence[tuple[str, int]], after: int
+) -> None:
+    """A batch cancelled amid its rows keeps what was committed until it closed, once each."""
+    batch_id = await open_batch(stores, shards)
+    simulation = Simulation(stores, batch_id)
+    for number, (action, worker) in enumerate(steps):
+        if number == after:
+            await stores.batches.cancel_batch(batch_id)
+        await simulation.step(action, worker)
+    await stores.batches.cancel_batch(batch_id)
+    for held in simulation.held.values():
+        await stores.batches.release(held)
+    assert await stores.batches.lease_shard("late", 1000.0) is None
+    await stores.batches.finalize_ready("last", 1000.0)
+    batch, committed = await stores.batches.get_batch(batch_id), simulation.committed
+    assert batch["status"] == ("cancelled" if batch["cancelling_at"] else "completed")
+    assert len(committed) == sum(shards) or batch["status"] == "cancelled"
+    output = [item["line"] for item in await content(stores, batch["output_file_id"])]
+    errors = [item["line"] for item in await content(stores, batch["error_file_id"])]
+    assert sorted(output + errors) == sorted(committed)
+    assert all(line % 4 == 3 for line in errors)
+    pairs = await all_pairs(stores, batch_id, limit=3)
+    assert [pair["seq"] for pair in pairs] == list(range(len(pairs)))
+    kept = sorted((pair["line"], pair["k"]) for pair in pairs)
+    assert kept == [(line, k) for line in sorted(committed) for k in range(line % 3)]
+
+
 async def _finish(stores: Stores) -> None:
     while (held := await stores.batches.lease_shard("last", 1000.0)) is not None:
         for line in _lines(held):
@@ -147,15 +175,25 @@ def test_no_interleaving_loses_or_repeats_a_row_in_memory(
         asyncio.run(_check(Stores.memory(), shards, steps))
 
 
+@given(SHARDS, STEPS, st.integers(0, 60))
+@settings(max_examples=150, deadline=None)
+def test_cancelling_amid_any_interleaving_keeps_what_was_committed(
+    shards: list[int], steps: list[tuple[str, int]], after: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair_stream, "PAIRS_PER_PART", 2)
+        asyncio.run(_check_cancelled(Stores.memory(), shards, steps, after))
+
+
 @pytest.mark.redis
-@given(SHARDS, STEPS)
+@given(SHARDS, STEPS, st.none() | st.integers(0, 60))
 @settings(
-    max_examples=25,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_no_interleaving_loses_or_repeats_a_row_on_redis(
-    redis_url: str, shards: list[int], steps: list[tuple[str, int]]
+    redis_url: str, shards: list[int], steps: list[tuple[str, int]], cancel_after: int | None
 ) -> None:
     async def check(directory: str) -> None:
         overrides = {
@@ -164,7 +202,10 @@ def test_no_interleaving_loses_or_repeats_a_row_on_redis(
         }
         stores = open_stores(load_settings("fake", overrides=overrides, environ={}))
         try:
-            await _check(stores, shards, steps)
+            if cancel_after is None:
+                await _check(stores, shards, steps)
+            else:
+                await _check_cancelled(stores, shards, steps, cancel_after)
         finally:
             await stores.aclose()
 
