@@ -1,9 +1,9 @@
 """Two small pieces of asyncio: gathering single items into list calls, and a bounded fan-out.
 
-:class:`MicroBatcher` calls at once when nothing is under way; items that come meanwhile wait for
-that call's end, for a full list or for the window, whichever is first, so lists grow with the load
-and a slow call holds nobody up. Whoever submitted is woken by its own call's end. :func:`bounded`
-waits for the first of its tasks to finish whenever ``limit`` are running. Neither retries anything.
+:class:`MicroBatcher` waits for its window (or a full list), then makes one call for all items
+submitted meanwhile; whoever submitted is woken by that call's end. Calls run side by side, so no
+item waits for an earlier call. :func:`bounded` waits for the first of its tasks to finish whenever
+``limit`` are running. Neither retries anything.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ class MicroBatcher(Generic[T, R]):
     """Turns concurrent ``submit(item)`` into calls of lists.
 
     ``call`` returns one result per item, in order. ``window_s`` is how long the first item of a
-    list waits at most while an earlier call is under way. Cancelling a ``submit`` cancels the call
-    once nobody waits for it.
+    list waits for company. Cancelling a ``submit`` cancels the call once nobody waits for it.
     """
 
     def __init__(
@@ -35,7 +34,7 @@ class MicroBatcher(Generic[T, R]):
         self._max_items = max_items
         self._window_s = window_s
         self._waiting: list[tuple[T, asyncio.Future[R]]] = []
-        self._timer: asyncio.TimerHandle | asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def submit(self, item: T) -> R:
@@ -45,9 +44,6 @@ class MicroBatcher(Generic[T, R]):
         self._waiting.append((item, future))
         if len(self._waiting) >= self._max_items:
             self._flush()
-        elif self._timer is None and not self._tasks:
-            # Not now: whoever else runs in this turn of the loop may have an item, too.
-            self._timer = loop.call_soon(self._flush)
         elif self._timer is None:
             self._timer = loop.call_later(self._window_s, self._flush)
         return await future
@@ -65,7 +61,7 @@ class MicroBatcher(Generic[T, R]):
             self._run([item for item, _ in batch], futures)
         )
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._tasks.discard)
 
         def abandon(_: asyncio.Future[R]) -> None:
             if all(future.cancelled() for future in futures):
@@ -73,11 +69,6 @@ class MicroBatcher(Generic[T, R]):
 
         for future in futures:
             future.add_done_callback(abandon)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not self._tasks:
-            self._flush()
 
     async def _run(self, items: list[T], futures: list[asyncio.Future[R]]) -> None:
         try:

@@ -57,7 +57,7 @@ class ListCalls:
     """Prompts in one call: enough to carry its overhead, few enough that a slow answer delays
     little."""
     window_s: float = 0.001
-    """How long a prompt waits for company at most, while an earlier call is under way."""
+    """How long the first prompt of a call waits for company."""
 
 
 MAX_VERSION_CHANGES = 3

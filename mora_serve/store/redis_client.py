@@ -28,6 +28,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from mora_serve.concurrency import MicroBatcher
 from mora_serve.errors import ConfigError, StorageError
 
 PATIENCE_S = 15.0
@@ -36,7 +37,10 @@ CONNECT_TIMEOUT_S = 5.0
 REPLY_TIMEOUT_S = 10.0
 """Applied here and not as the client's ``socket_timeout``: with that set, redis 8.1 loses most
 cancellations that arrive during a read, and a cancelled task goes on."""
+MAX_PIPELINE = 64
+"""Steps sent in one round trip: those that are wanted in the same turn of the event loop."""
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 1.0
+Command = tuple[Any, ...]
 
 
 class RedisClient:
@@ -46,6 +50,9 @@ class RedisClient:
         self._url = url
         self._patience_s = patience_s
         self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, Redis] = WeakKeyDictionary()
+        self._batchers: WeakKeyDictionary[asyncio.AbstractEventLoop, MicroBatcher[Command, Any]] = (
+            WeakKeyDictionary()
+        )
         self._script = resources.files(__package__).joinpath("ledger.lua").read_text("utf-8")
         self._sha = hashlib.sha1(self._script.encode(), usedforsecurity=False).hexdigest()
         self._new_client()
@@ -58,10 +65,12 @@ class RedisClient:
         """Run one step of ``ledger.lua`` atomically; replies are bytes, ints, lists or None."""
 
         async def call() -> Any:
-            try:
-                return await self._send("EVALSHA", self._sha, 1, prefix, step, *args)
-            except NoScriptError:
+            reply = await self._together().submit(("EVALSHA", self._sha, 1, prefix, step, *args))
+            if isinstance(reply, NoScriptError):
                 return await self._send("EVAL", self._script, 1, prefix, step, *args)
+            if isinstance(reply, Exception):
+                raise reply
+            return reply
 
         return await self._patiently(call)
 
@@ -77,6 +86,15 @@ class RedisClient:
         client = self._clients.pop(asyncio.get_running_loop(), None)
         if client is not None:
             await client.aclose()
+
+    async def _pipeline(self, commands: list[Command]) -> list[Any]:
+        """Replies in order; a command's own error is its reply."""
+        pipeline = self._client().pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        async with asyncio.timeout(REPLY_TIMEOUT_S):
+            replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        return replies
 
     async def _send(self, *args: Any) -> Any:
         send: Callable[..., Awaitable[Any]] = self._client().execute_command
@@ -98,6 +116,15 @@ class RedisClient:
                 raise _mapped(error) from error
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+
+    def _together(self) -> MicroBatcher[Command, Any]:
+        loop = asyncio.get_running_loop()
+        found = self._batchers.get(loop)
+        if found is None:
+            found = self._batchers[loop] = MicroBatcher(
+                self._pipeline, max_items=MAX_PIPELINE, window_s=0.0
+            )
+        return found
 
     def _client(self) -> Redis:
         loop = asyncio.get_running_loop()

@@ -35,8 +35,8 @@ class Calls:
         return [item * 10 for item in items]
 
 
-def batcher(calls: Calls, max_items: int = 3, window_s: float = 0.0) -> MicroBatcher[int, int]:
-    return MicroBatcher(calls, max_items=max_items, window_s=window_s)
+def batcher(calls: Calls, max_items: int = 3) -> MicroBatcher[int, int]:
+    return MicroBatcher(calls, max_items=max_items, window_s=0.0)
 
 
 async def test_items_submitted_together_share_a_call() -> None:
@@ -58,34 +58,6 @@ async def test_a_later_call_does_not_wait_for_an_earlier_one() -> None:
     assert calls.lists == [[1], [2]]
     calls.gate.set()
     assert (await slow, await also) == (10, 20)
-
-
-async def test_items_gather_while_a_call_is_under_way_and_go_when_it_ends() -> None:
-    calls = Calls()
-    calls.gate.clear()
-    batch = batcher(calls, window_s=3600.0)
-    first = asyncio.ensure_future(batch.submit(1))
-    await calls.started.wait()
-    later = [asyncio.ensure_future(batch.submit(i)) for i in (2, 3)]
-    await asyncio.sleep(0)
-    assert calls.lists == [[1]]
-    calls.gate.set()
-    assert await asyncio.gather(first, *later) == [10, 20, 30]
-    assert calls.lists == [[1], [2, 3]]
-
-
-async def test_a_slow_call_holds_nobody_longer_than_the_window() -> None:
-    calls = Calls()
-    calls.gate.clear()
-    batch = batcher(calls, window_s=0.001)
-    slow = asyncio.ensure_future(batch.submit(1))
-    await calls.started.wait()
-    calls.started.clear()
-    later = asyncio.ensure_future(batch.submit(2))
-    await calls.started.wait()
-    assert calls.lists == [[1], [2]]
-    calls.gate.set()
-    assert (await slow, await later) == (10, 20)
 
 
 async def test_an_error_reaches_everyone_in_its_call_and_no_one_else() -> None:
