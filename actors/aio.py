@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -25,37 +25,49 @@ async def gather(calls: Iterable[Awaitable[T]]) -> list[T]:
 
 
 class Gate:
-    """Lets any number of users through together, or one that needs to be alone."""
+    """Lets any number of users through together, or one that needs to be alone.
+
+    Leaving never waits, so that a user who is cancelled cannot leave the others waiting.
+    """
 
     def __init__(self) -> None:
-        self._condition = asyncio.Condition()
         self._num_inside = 0
         self._is_closed = False
+        self._waiting: set[asyncio.Future[None]] = set()
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         """Inside together with others; waits while the gate is closed."""
-        async with self._condition:
-            await self._condition.wait_for(lambda: not self._is_closed)
-            self._num_inside += 1
+        await self._until(lambda: not self._is_closed)
+        self._num_inside += 1
         try:
             yield
         finally:
             self._num_inside -= 1
-            async with self._condition:
-                self._condition.notify_all()
+            self._wake()
 
     @asynccontextmanager
     async def closed(self) -> AsyncIterator[None]:
         """Alone: keeps newcomers out, waits until everyone inside has left."""
-        async with self._condition:
-            await self._condition.wait_for(lambda: not self._is_closed)
-            self._is_closed = True
+        await self._until(lambda: not self._is_closed)
+        self._is_closed = True
         try:
-            async with self._condition:
-                await self._condition.wait_for(lambda: self._num_inside == 0)
+            await self._until(lambda: self._num_inside == 0)
             yield
         finally:
             self._is_closed = False
-            async with self._condition:
-                self._condition.notify_all()
+            self._wake()
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.add(turn)
+            try:
+                await turn
+            finally:
+                self._waiting.discard(turn)
+
+    def _wake(self) -> None:
+        for turn in self._waiting:
+            if not turn.done():
+                turn.set_result(None)

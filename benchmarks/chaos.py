@@ -67,14 +67,21 @@ class Outcome:
 
 
 def run(
-    num_rows: int, planned: list[kills.Planned], seed: int, settings: dict[str, Any]
+    num_rows: int,
+    planned: list[kills.Planned],
+    seed: int,
+    settings: dict[str, Any],
+    body: dict[str, Any] = BODY,
 ) -> Outcome:
-    """Start a stack, run the batch under the planned kills, and read all that it left."""
+    """Start a stack, run the batch under the planned kills, and read all that it left.
+
+    ``body`` is what every row asks for besides its prompt.
+    """
     data_dir = Path(tempfile.mkdtemp(prefix="mora-chaos-"))
     print(f"data directory {data_dir}", flush=True)
     with running(settings, data_dir=data_dir) as up:
         started = time.monotonic()
-        with submitted(up.url, num_rows, BODY) as batch:
+        with submitted(up.url, num_rows, body) as batch:
             killer = kills.Killer(up.pid, planned, seed, batch.share)
             killer.start()
             batch.wait()
@@ -119,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=5000)
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--delay", type=float, default=300.0, metavar="MS")
+    parser.add_argument("--delay", type=float, default=160.0, metavar="MS")
     parser.add_argument("--clean", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=None, help="write the figures as JSON")
     args = parser.parse_args(arguments)

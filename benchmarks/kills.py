@@ -26,8 +26,11 @@ TITLES: Mapping[str, str] = {
     "gateway": f"{REPLICA}gateway",
     "controller": "ray::ServeController",
     "redis": "redis-server",
+    "engine": "VLLM::EngineCore",
 }
 """How the titles of the processes begin that can be killed."""
+KINDS = ("generator", "scorer", "runner", "gateway", "controller", "redis")
+"""Those of every stack; an ``engine`` is a generator's child, where vLLM is the backend."""
 GONE_TIMEOUT_S = 10.0
 BACK_TIMEOUT_S = 120.0
 POLL_S = 0.1
@@ -56,7 +59,7 @@ class Killed:
     """Seconds until another process of the kind had started; ``None`` when none did."""
 
 
-def plan(num_kills: int, seed: int, kinds: tuple[str, ...] = tuple(TITLES)) -> list[Planned]:
+def plan(num_kills: int, seed: int, kinds: tuple[str, ...] = KINDS) -> list[Planned]:
     """Kills spread over the batch, every kind as often as the others up to one."""
     rng = random.Random(seed)
     whole, rest = divmod(num_kills, len(kinds))

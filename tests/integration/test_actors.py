@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from ray import cloudpickle, serve
 
-from actors.adapters import ServeGenerator, ServeScorer
+from actors.adapters import ServeGenerator, ServeScorer, Tries
 from actors.deploy import Backends, build_backends
 from actors.fake_engine import FakeEngine
 from actors.generator import GeneratorReplica
@@ -193,6 +193,8 @@ class ChildEngine(FakeEngine):
             raise InvalidRequestError("n must be at least 1, got 0", "n", "out_of_range")
         if text == "bug":
             raise ZeroDivisionError("a secret prompt")
+        if text == "die":
+            os._exit(1)
         if text == "wait":
             try:
                 await asyncio.Event().wait()
@@ -294,6 +296,22 @@ async def test_a_dead_engine_takes_its_replica_along_and_a_retry_meets_a_new_one
     result = (await child.generate([request()]))[0]
     assert isinstance(result, Generation)
     assert await pid() != first
+
+
+@pytest.mark.parametrize("repeats", [0, 1])
+async def test_a_prompt_that_ends_replicas_ends_no_more_of_them_than_it_is_allowed_to(
+    child: ServeGenerator, repeats: int
+) -> None:
+    async def pid() -> int:
+        return int((await child.models())[0])
+
+    before = await pid()
+    careful = ServeGenerator(child._handle, tries=Tries(lost_repeats=repeats))
+    with pytest.raises(GenerationError) as caught:
+        await careful.generate([request("die")])
+    assert caught.value.lost
+    assert isinstance((await child.generate([request()]))[0], Generation)
+    assert await pid() != before
 
 
 async def eventually(probe: Any, expected: Any) -> None:

@@ -87,3 +87,28 @@ async def test_a_gate_reopens_when_waiting_to_be_alone_is_given_up() -> None:
     async with asyncio.timeout(5), gate.open():
         leave.set()
     await holder
+
+
+async def test_users_that_are_cancelled_all_at_once_leave_the_gate_to_the_one_who_waits() -> None:
+    gate, inside = Gate(), asyncio.Semaphore(0)
+
+    async def use() -> None:
+        async with gate.open():
+            inside.release()
+            await asyncio.Event().wait()
+
+    async def alone() -> str:
+        async with gate.closed():
+            return "alone"
+
+    users = [asyncio.create_task(use()) for _ in range(5)]
+    for _ in users:
+        await inside.acquire()
+    waiting = asyncio.create_task(alone())
+    newcomer = asyncio.create_task(use())
+    await asyncio.sleep(0)
+    for user in users:
+        user.cancel()
+    newcomer.cancel()
+    async with asyncio.timeout(5):
+        assert await waiting == "alone"

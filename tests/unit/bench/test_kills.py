@@ -15,7 +15,7 @@ from benchmarks import kills
 def test_a_plan_is_the_seeds_and_gives_every_kind_its_share_in_the_middle_of_the_batch() -> None:
     planned = kills.plan(24, seed=7)
     assert planned == kills.plan(24, seed=7) != kills.plan(24, seed=8)
-    assert Counter(item.kind for item in planned) == dict.fromkeys(kills.TITLES, 4)
+    assert Counter(item.kind for item in planned) == dict.fromkeys(kills.KINDS, 4)
     shares = [item.share for item in planned]
     assert shares == sorted(shares)
     assert shares[0] > 0.0

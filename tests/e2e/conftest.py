@@ -1,0 +1,3 @@
+from tests.model_fixtures import model_dir
+
+__all__ = ["model_dir"]
