@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 MAX_LEASES = 4
 """Shards one runner holds at a time: enough for several batches to advance side by side."""
-ROW_LISTS = ListCalls(max_items=64, window_s=0.03)
+ROW_LISTS = ListCalls(max_items=64, window_s=0.05)
 """Rows wait longer for company than callers do: nobody waits for a single row, the time is little
 beside what sampling takes, and lists of a dozen cost a fraction of a dozen calls."""
 STOP_SHARE = 0.8

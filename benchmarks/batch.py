@@ -67,7 +67,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=SIZES, help="rows per batch")
     parser.add_argument("--runners", type=int, default=2)
     parser.add_argument("--generators", type=int, default=1)
-    parser.add_argument("--in-flight", type=int, default=64, help="rows per runner at a time")
+    parser.add_argument("--in-flight", type=int, default=128, help="rows per runner at a time")
     parser.add_argument("--out", type=Path, help="write all figures here as JSON")
     args = parser.parse_args()
     print(f"machine: {machine.describe()}", flush=True)
