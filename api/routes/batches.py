@@ -26,6 +26,7 @@ from api.streaming import (
 )
 from mora_serve.errors import ConflictError, InvalidRequestError, NotFoundError
 from mora_serve.identity import content_hash
+from mora_serve.ports import BatchStore
 from mora_serve.requests import SCORES_URL, parse_body
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
@@ -211,13 +212,32 @@ async def batch_events(
     first = await deps.stores.batches.progress(batch_id)
     if first["status"] in TERMINAL and last_event_id == first["version"]:
         return Response(status_code=204)
-    return sse_response(_progress_events(deps, batch_id, first, last_event_id))
+    return sse_response(
+        progress_events(
+            deps.stores.batches,
+            batch_id,
+            first,
+            last_event_id,
+            poll_s=deps.poll_interval_s,
+            keep_alive_s=deps.keep_alive_s,
+        )
+    )
 
 
-async def _progress_events(
-    deps: Deps, batch_id: str, progress: dict[str, Any], seen: int | None
-) -> AsyncIterator[bytes]:
-    """``seen`` is the version that the client has; one that the store never had is ignored."""
+async def progress_events(
+    batches: BatchStore,
+    batch_id: str,
+    progress: dict[str, Any],
+    seen: int | None,
+    *,
+    poll_s: float,
+    keep_alive_s: float,
+) -> AsyncGenerator[bytes, None]:
+    """Events from ``progress`` on, one per change that a look every ``poll_s`` seconds sees.
+
+    ``seen`` is the version that the client has; one that the store never had is ignored. A comment
+    breaks every silence of ``keep_alive_s``.
+    """
     if seen is not None and seen > progress["version"]:
         seen = None
     quiet_s = 0.0
@@ -225,14 +245,14 @@ async def _progress_events(
         if progress["version"] != seen:
             seen, quiet_s = progress["version"], 0.0
             yield sse_event(progress_event(batch_id, progress), "progress", str(seen))
-        elif quiet_s >= deps.keep_alive_s:
+        elif quiet_s >= keep_alive_s:
             quiet_s = 0.0
             yield SSE_KEEP_ALIVE
         if progress["status"] in TERMINAL:
             return
-        await asyncio.sleep(deps.poll_interval_s)
-        quiet_s += deps.poll_interval_s
-        progress = await deps.stores.batches.progress(batch_id)
+        await asyncio.sleep(poll_s)
+        quiet_s += poll_s
+        progress = await batches.progress(batch_id)
 
 
 def progress_event(batch_id: str, progress: Mapping[str, Any]) -> dict[str, Any]:
