@@ -3,7 +3,7 @@
 Three loops run side by side in one process; any number of runners may do so at once, the ledger
 keeps them apart::
 
-    coordinate   claim validation -> scan the input -> open shards | fail
+    coordinate   claim validation -> actors.batch_validation: open shards | fail
                  finalize batches that are due                        waits: poll, or a sealed shard
     work         lease a shard -> ShardRun (actors.shard_run)         waits: poll, or rows run dry
     sweep        delete bytes that nothing needs any more             waits: poll
@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 from actors.batch_rows import RowWorker, backoff_s
+from actors.batch_validation import BatchValidator
 from actors.isolation import Isolation, RowService
-from actors.shard_run import ShardLimits, ShardRun, duplicates_key
+from actors.shard_run import ShardLimits, ShardRun
 from mora_serve.calibrators import load_calibrator
 from mora_serve.config import Settings
 from mora_serve.errors import MoraError, NotFoundError, StorageError
@@ -31,7 +30,6 @@ from mora_serve.ports import Generator, Lease, Scorer
 from mora_serve.presampling import ListCalls
 from mora_serve.service import MoraService
 from mora_serve.store import Stores
-from mora_serve.store.batch_input import InputScan, NotUtf8Error, Shard
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +70,9 @@ class BatchRunner:
             poll_interval_s=settings.runner.poll_interval_s,
             max_line_bytes=settings.server.max_body_bytes,
             storage_timeout_s=settings.runner.unavailable_timeout_s,
+        )
+        self._validator = BatchValidator(
+            stores, settings.runner, worker_id, self._limits.max_line_bytes
         )
         self._permits = asyncio.Semaphore(settings.runner.max_in_flight_rows)
         self._stopping = asyncio.Event()
@@ -189,7 +190,7 @@ class BatchRunner:
         batches = self._stores.batches
         batch = await batches.claim_validation(self._worker_id, self._limits.lease_ttl_s)
         if batch is not None:
-            await self._validate(batch)
+            await self._validator.validate(batch)
             self._work_wake.set()
         finished = await batches.finalize_ready(self._worker_id, self._limits.lease_ttl_s)
         return batch is not None or bool(finished)
@@ -197,55 +198,6 @@ class BatchRunner:
     async def _sweep(self) -> bool:
         await self._stores.batches.sweep()
         return False
-
-    async def _validate(self, batch: Mapping[str, Any]) -> None:
-        batches, batch_id = self._stores.batches, str(batch["id"])
-        try:
-            _, blob = await batches.batch_input(batch_id)
-            shards, total = await self._scan(batch_id, blob)
-        except NotFoundError:
-            await batches.fail_batch(
-                batch_id, "input_file_not_found", "The input file was deleted before it was read."
-            )
-        except NotUtf8Error as error:
-            await batches.fail_batch(
-                batch_id, "invalid_encoding", "The input file must be UTF-8.", error.line
-            )
-        else:
-            if total == 0:
-                await batches.fail_batch(
-                    batch_id, "empty_file", "The input file must hold at least one row."
-                )
-            else:
-                await batches.open_batch(batch_id, shards, total)
-
-    async def _scan(self, batch_id: str, blob: str) -> tuple[list[Any], int]:
-        specs = []
-        ttl_s = self._limits.lease_ttl_s
-        beat = asyncio.create_task(self._keep_claim(batch_id, ttl_s))
-        scan = InputScan(self._settings.shard_rows, self._limits.max_line_bytes)
-        try:
-            with scan:
-                async for chunk in self._stores.blobs.open_read(blob):
-                    for shard in await asyncio.to_thread(scan.feed, chunk):
-                        specs.append(await self._keep(batch_id, shard))
-                for shard in await asyncio.to_thread(scan.finish):
-                    specs.append(await self._keep(batch_id, shard))
-        finally:
-            beat.cancel()
-        return specs, scan.num_rows
-
-    async def _keep(self, batch_id: str, shard: Shard) -> tuple[int, int, int, int]:
-        if shard.duplicates:
-            key = duplicates_key(batch_id, shard.first_line)
-            await self._stores.blobs.put(key, json.dumps(shard.duplicates).encode())
-        return shard.spec
-
-    async def _keep_claim(self, batch_id: str, ttl_s: float) -> None:
-        held = True
-        while held:
-            await asyncio.sleep(ttl_s / 3)
-            held = await self._stores.batches.renew_validation(batch_id, self._worker_id, ttl_s)
 
 
 def _unless_expected(error: BaseException) -> BaseException | None:

@@ -84,5 +84,9 @@ class StorageError(MoraError):
     """Redis or blob storage failed or holds something unreadable; retryable."""
 
 
+class BlobNotFoundError(StorageError):
+    """A blob or registered file does not exist."""
+
+
 class LeaseLostError(StorageError):
     """A fenced write came too late: another runner holds the shard now. Drop the work."""

@@ -13,8 +13,9 @@ Who implements what::
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 from mora_serve.types import (
     Dimension,
@@ -406,6 +407,14 @@ class BlobStore(Protocol):
     def open_read(
         self, key: str, start: int = 0, length: int | None = None
     ) -> AsyncIterator[bytes]: ...
+    def open_file(self, key: str) -> AbstractContextManager[IO[bytes]]:
+        """The blob as a file that can be read and sought in; blocking."""
+        ...
+
+    async def tree(self, key: str) -> dict[str, int] | None:
+        """Files under a registered directory: path below it -> bytes; ``None`` for a file."""
+        ...
+
     async def concat(self, key: str, parts: Sequence[str]) -> int: ...
     async def size(self, key: str) -> int: ...
     async def exists(self, key: str) -> bool: ...

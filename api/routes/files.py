@@ -2,7 +2,7 @@
 
 A multipart upload never sits in memory; the number of concurrent uploads is bounded, because Serve
 queues request bytes without a limit of its own. A JSON body registers a ``uri`` under an allowed
-prefix instead (``api.uris`` decides). What a file holds is checked when a batch reads it.
+prefix instead (:mod:`mora_serve.uris` decides). What a file holds is checked when a batch reads it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from api.routes.paging import AfterArg, page
 from api.schemas import FileDeleted, FileObject, Page
 from api.streaming import ClientGoneError, Json, StreamResponse
 from api.uploads import Upload
-from api.uris import resolve_uri
 from mora_serve.errors import InvalidRequestError, StorageError
 from mora_serve.identity import new_id
 from mora_serve.store.shapes import file_object
+from mora_serve.uris import resolve_uri
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
@@ -102,17 +102,30 @@ def _form(fields: Mapping[str, str]) -> FileForm:
 async def _register(deps: Deps, body: FileRegistration) -> dict[str, Any]:
     location = resolve_uri(body.uri, deps.settings.server.file_uri_prefixes)
     try:
-        found = await deps.stores.blobs.exists(location)
+        num_bytes = await _size_of(deps, location, body.purpose)
     except StorageError:
-        found = False
-    if not found:
         raise InvalidRequestError(
-            "uri must name an existing file that the service can read.", "uri", "file_not_found"
-        )
-    num_bytes = await deps.stores.blobs.size(location)
+            "uri must name an existing file or directory that the service can read.",
+            "uri",
+            "file_not_found",
+        ) from None
     file = new_file(new_file_id(), num_bytes, location.rsplit("/", 1)[-1], body)
     await deps.stores.batches.put_file(file, location)
     return file
+
+
+async def _size_of(deps: Deps, location: str, purpose: str) -> int:
+    """Bytes of the file, or of all files of a dataset's directory."""
+    files = await deps.stores.blobs.tree(location)
+    if files is None:
+        return await deps.stores.blobs.size(location)
+    if purpose != "batch":
+        raise InvalidRequestError(
+            f"uri must name a file for purpose {purpose}, got a directory",
+            "uri",
+            "uri_is_directory",
+        )
+    return sum(files.values())
 
 
 def new_file_id() -> str:
@@ -165,6 +178,12 @@ async def get_file(file_id: str, deps: DepsArg) -> Response:
 async def file_content(file_id: str, deps: DepsArg) -> Response:
     """The file's bytes, streamed."""
     file, blob = await deps.stores.batches.get_file(file_id)
+    if await deps.stores.blobs.tree(blob) is not None:
+        raise InvalidRequestError(
+            f"file_id must name a file, got a registered directory; read its files under {blob}",
+            "file_id",
+            "file_is_directory",
+        )
     headers = {
         "content-length": str(await deps.stores.blobs.size(blob)),
         "content-disposition": f"attachment; filename*=UTF-8''{quote(file['filename'], safe='')}",

@@ -87,7 +87,7 @@ def open_stores(settings: Settings) -> Stores:
     client = RedisClient(settings.redis.url.get_secret_value())
     ledger = RedisLedger(client, settings.redis.key_prefix)
     root = settings.blobs.url or str(settings.data_dir.absolute() / "blobs")
-    blobs = FsspecBlobs(root, settings.blobs.options)
+    blobs = FsspecBlobs(root, settings.blobs.options, settings.server.file_uri_prefixes)
     runner = settings.runner
     limits = BacklogLimits(runner.max_backlog_rows, runner.max_backlog_bytes)
     window_s = runner.completion_window_s

@@ -5,12 +5,14 @@ writing beside the target and renaming, elsewhere by uploading a finished local 
 system calls run in threads, and no blob is ever held in memory as a whole.
 
 Keys are relative paths of plain segments, so that no key leaves the root. A key that is a URL
-(``s3://...``) names a registered file outside the root; it can be read but not written.
+(``s3://...``) names a registered file or directory outside the root; it can be read, as long as it
+is under an allowed prefix when it is opened, but not written.
 """
 
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import re
 import tempfile
@@ -22,7 +24,8 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from mora_serve.errors import ConfigError, StorageError
+from mora_serve.errors import BlobNotFoundError, ConfigError, StorageError
+from mora_serve.uris import open_within, resolve_uri
 
 CHUNK_BYTES = 2**20
 _KEY = re.compile(r"(?!\.)[A-Za-z0-9._=-]+(/(?!\.)[A-Za-z0-9._=-]+)*")
@@ -30,9 +33,17 @@ T = TypeVar("T")
 
 
 class FsspecBlobs:
-    """The :class:`~mora_serve.ports.BlobStore` port under one root URL or directory."""
+    """The :class:`~mora_serve.ports.BlobStore` port under one root URL or directory.
 
-    def __init__(self, root: str, options: Mapping[str, Any] | None = None) -> None:
+    ``uri_prefixes`` are where registered files may lie, see :mod:`mora_serve.uris`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        options: Mapping[str, Any] | None = None,
+        uri_prefixes: Sequence[str] = (),
+    ) -> None:
         try:
             fs, path = fsspec.core.url_to_fs(root, **dict(options or {}))
         except (ValueError, ImportError) as error:
@@ -42,6 +53,7 @@ class FsspecBlobs:
         self._fs = fs
         self._root = path.rstrip("/")
         self._local = isinstance(fs, LocalFileSystem)
+        self._uri_prefixes = uri_prefixes
 
     async def put(self, key: str, chunks: AsyncIterator[bytes] | bytes) -> int:
         """Write a blob; returns its size in bytes. Replaces an older one of the same key."""
@@ -64,8 +76,7 @@ class FsspecBlobs:
         self, key: str, start: int = 0, length: int | None = None
     ) -> AsyncIterator[bytes]:
         """Chunks of the blob from byte ``start``, ``length`` bytes or to the end."""
-        fs, path = self._locate(key)
-        file = await _thread(_mapped(fs.open, key), path, "rb")
+        file = await _thread(self._open, key)
         try:
             if start:
                 await _thread(file.seek, start)
@@ -80,18 +91,43 @@ class FsspecBlobs:
         finally:
             await _thread(file.close)
 
+    @contextmanager
+    def open_file(self, key: str) -> Iterator[IO[bytes]]:
+        """The blob as a file that can be read and sought in. Blocking: use it in a thread.
+
+        What storage fails with while it is read is a ``StorageError`` too.
+        """
+        with io.BufferedReader(_Mapped(self._open(key), key), CHUNK_BYTES) as file:
+            yield file
+
+    async def tree(self, key: str) -> dict[str, int] | None:
+        """Files under a registered directory: path below it -> bytes; ``None`` for a file."""
+        fs, path = await _thread(self._locate, key)
+
+        def find() -> dict[str, int] | None:
+            if not fs.isdir(path):
+                return None
+            root = fs.info(path)["name"].rstrip("/")
+            found = fs.find(path, detail=True)
+            return {
+                name.removeprefix(f"{root}/"): int(info["size"] or 0)
+                for name, info in sorted(found.items())
+            }
+
+        return await _thread(_mapped(find, key))
+
     async def concat(self, key: str, parts: Sequence[str]) -> int:
         """Write the parts one after the other as one blob; returns its size in bytes."""
         return await self.put(key, self._chain(parts))
 
     async def size(self, key: str) -> int:
         """Size in bytes."""
-        fs, path = self._locate(key)
+        fs, path = await _thread(self._locate, key)
         return int(await _thread(_mapped(fs.size, key), path))
 
     async def exists(self, key: str) -> bool:
         """True when the blob can be read."""
-        fs, path = self._locate(key)
+        fs, path = await _thread(self._locate, key)
         return bool(await _thread(_mapped(fs.isfile, key), path))
 
     async def delete(self, key: str) -> None:
@@ -146,9 +182,20 @@ class FsspecBlobs:
     def _locate(self, key: str) -> tuple[Any, str]:
         if "://" not in key:
             return self._fs, self._path(key)
+        resolved = resolve_uri(key, self._uri_prefixes)
         with _errors(key):
-            fs, path = fsspec.core.url_to_fs(key)
+            fs, path = fsspec.core.url_to_fs(resolved)
+            # What others write there is not ours to remember.
+            fs.invalidate_cache()
         return fs, path
+
+    def _open(self, key: str) -> IO[bytes]:
+        fs, path = self._locate(key)
+        with _errors(key):
+            if "://" in key and isinstance(fs, LocalFileSystem):
+                return open_within(path, self._uri_prefixes)
+            file: IO[bytes] = fs.open(path, "rb")
+            return file
 
     def _new_temp(self, path: str) -> str:
         if not self._local:
@@ -167,6 +214,37 @@ class FsspecBlobs:
                 return
             os.replace(temp, path)
             _sync_folder(Path(path).parent)
+
+
+class _Mapped(io.RawIOBase):
+    """A file whose failures to be read are ours, apart from those of whatever parses it."""
+
+    def __init__(self, file: IO[bytes], key: str) -> None:
+        self._file = file
+        self._key = key
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _errors(self._key):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        with _errors(self._key):
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _flush(file: IO[bytes]) -> int:
@@ -193,7 +271,7 @@ def _errors(key: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise StorageError(f"blob {key} must exist to be read") from None
+        raise BlobNotFoundError(f"blob {key} must exist to be read") from None
     except (OSError, ValueError, ImportError) as error:
         raise StorageError(f"blob {key} could not be accessed: {type(error).__name__}") from error
 

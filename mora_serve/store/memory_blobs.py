@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import io
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO
 
-from mora_serve.errors import StorageError
+from mora_serve.errors import BlobNotFoundError
 
 
 class MemoryBlobs:
@@ -23,19 +26,29 @@ class MemoryBlobs:
     ) -> AsyncIterator[bytes]:
         data = self._blobs.get(key)
         if data is None:
-            raise StorageError(f"blob {key} must exist to be read")
+            raise BlobNotFoundError(f"blob {key} must exist to be read")
         yield data[start : None if length is None else start + length]
+
+    @contextmanager
+    def open_file(self, key: str) -> Iterator[IO[bytes]]:
+        if key not in self._blobs:
+            raise BlobNotFoundError(f"blob {key} must exist to be read")
+        with io.BytesIO(self._blobs[key]) as file:
+            yield file
+
+    async def tree(self, key: str) -> dict[str, int] | None:
+        return None
 
     async def concat(self, key: str, parts: Sequence[str]) -> int:
         missing = [part for part in parts if part not in self._blobs]
         if missing:
-            raise StorageError(f"blob {missing[0]} must exist to be read")
+            raise BlobNotFoundError(f"blob {missing[0]} must exist to be read")
         self._blobs[key] = b"".join(self._blobs[part] for part in parts)
         return len(self._blobs[key])
 
     async def size(self, key: str) -> int:
         if key not in self._blobs:
-            raise StorageError(f"blob {key} must exist to be read")
+            raise BlobNotFoundError(f"blob {key} must exist to be read")
         return len(self._blobs[key])
 
     async def exists(self, key: str) -> bool:

@@ -77,7 +77,7 @@ async def _submit(stores: Stores) -> str:
     ]
     data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     await stores.blobs.put("files/in", data)
-    file = {"id": "file-in", "purpose": "batch", "bytes": len(data)}
+    file = {"id": "file-in", "purpose": "batch", "bytes": len(data), "filename": "in.jsonl"}
     await stores.batches.put_file(file, "files/in")
     batch = await stores.batches.create_batch(
         {"endpoint": "/v1/rewrites", "input_file_id": "file-in"}, {}, None, "hash"

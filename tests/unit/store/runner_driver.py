@@ -86,7 +86,12 @@ def row_line(number: int, **fields: Any) -> bytes:
 async def submit(stores: Stores, lines: Sequence[bytes], name: str = "in", **options: Any) -> str:
     data = b"\n".join(lines)
     await stores.blobs.put(f"files/{name}", data)
-    file = {"id": f"file-{name}", "purpose": "batch", "bytes": len(data)}
+    file = {
+        "id": f"file-{name}",
+        "purpose": "batch",
+        "bytes": len(data),
+        "filename": f"{name}.jsonl",
+    }
     await stores.batches.put_file(file, f"files/{name}")
     batch = await stores.batches.create_batch(
         {"endpoint": "/v1/rewrites", "input_file_id": f"file-{name}"}, options, None, "hash"

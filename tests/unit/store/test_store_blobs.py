@@ -109,7 +109,7 @@ async def test_no_key_leaves_the_root(tmp_path: Path, key: str) -> None:
 async def test_a_url_key_is_read_but_never_written(tmp_path: Path) -> None:
     outside = tmp_path / "input.jsonl"
     outside.write_bytes(b"row\n")
-    blobs = FsspecBlobs(str(tmp_path / "root"))
+    blobs = FsspecBlobs(str(tmp_path / "root"), uri_prefixes=[str(tmp_path)])
     assert await _read(blobs, f"file://{outside}") == b"row\n"
     with pytest.raises(StorageError):
         await blobs.put(f"file://{outside}", b"x")

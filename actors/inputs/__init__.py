@@ -1,0 +1,1 @@
+"""Batch inputs of other formats, and how they become JSON lines: :mod:`actors.inputs.sources`."""
