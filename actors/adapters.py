@@ -20,6 +20,7 @@ repeated ``lost_repeats`` times only, so that one prompt cannot end engine after
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -72,6 +73,7 @@ DEFAULT_CHUNK = 8
 RETRY_AFTER_S = 1.0
 """What a full queue tells clients when Serve does not say."""
 FIRST_BACKOFF_S = 0.1
+"""Half the longest pause after the first failure; doubles with each further one."""
 
 
 def translate(error: Exception, unavailable: Unavailable) -> MoraError:
@@ -129,7 +131,7 @@ async def retrying(
             losses += error.lost
             if losses > tries.lost_repeats:
                 raise
-            await asyncio.sleep(FIRST_BACKOFF_S * 2 ** (spent - 1))
+            await asyncio.sleep(random.uniform(0.0, FIRST_BACKOFF_S * 2.0**spent))
     return await attempt()
 
 

@@ -127,8 +127,12 @@ class GeneratorReplica:
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[CompletionDelta, None]:
         with self._tracked(1):
             await self._look_for([request.model])
-            async for delta in self._engine.stream(request):
-                yield delta
+            try:
+                async for delta in self._engine.stream(request):
+                    yield delta
+            except GenerationError:
+                await self.check_health()
+                raise
 
     async def models(self, wanted: str | None = None) -> list[str]:
         await self._look_for([wanted])

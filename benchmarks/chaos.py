@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=5000)
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--delay", type=float, default=160.0, metavar="MS")
+    parser.add_argument("--delay", type=float, default=180.0, metavar="MS")
     parser.add_argument("--clean", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=None, help="write the figures as JSON")
     args = parser.parse_args(arguments)

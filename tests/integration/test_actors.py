@@ -17,10 +17,13 @@ from actors.adapters import ServeGenerator, ServeScorer, Tries
 from actors.deploy import Backends, build_backends
 from actors.fake_engine import FakeEngine
 from actors.generator import GeneratorReplica
+from actors.runner import BatchRunner
 from mora_serve.config import PolicySettings, Settings, load_settings
 from mora_serve.errors import GenerationError, InvalidRequestError, OverloadedError
+from mora_serve.fakes import FakeScorer
 from mora_serve.ports import CompletionDelta
 from mora_serve.redis_server import RedisServer
+from mora_serve.store import Stores
 from mora_serve.types import (
     Failure,
     Generation,
@@ -31,6 +34,8 @@ from mora_serve.types import (
 )
 from tests.contract.generator_contract import GENERATOR_CHECKS, GeneratorCheck
 from tests.contract.scorer_contract import SCORER_CHECKS, ScorerCheck
+from tests.unit.store.ledger_driver import content
+from tests.unit.store.runner_driver import ended, row_line, running, submit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180), pytest.mark.asyncio(loop_scope="session")]
 PATIENCE_S = 60.0
@@ -140,8 +145,6 @@ async def test_metrics_of_every_replica_reach_the_board(
 
 @pytest.mark.redis
 async def test_scores_of_all_scorers_are_merged_in_order(scorer: ServeScorer) -> None:
-    from mora_serve.fakes import FakeScorer
-
     groups = [
         ScoreGroup((Message("user", f"Question {index}?"),), ("yes", f"no {index}"))
         for index in range(5)
@@ -193,7 +196,7 @@ class ChildEngine(FakeEngine):
             raise InvalidRequestError("n must be at least 1, got 0", "n", "out_of_range")
         if text == "bug":
             raise ZeroDivisionError("a secret prompt")
-        if text == "die":
+        if any(item.prompt[-1].content == "die" for item in requests):
             os._exit(1)
         if text == "wait":
             try:
@@ -312,6 +315,24 @@ async def test_a_prompt_that_ends_replicas_ends_no_more_of_them_than_it_is_allow
     assert caught.value.lost
     assert isinstance((await child.generate([request()]))[0], Generation)
     assert await pid() != before
+
+
+async def test_a_row_that_ends_its_replica_is_given_up_and_the_others_come_through(
+    child: ServeGenerator,
+) -> None:
+    stores = Stores.memory()
+    limits = {"max_poison_tries": 1, "max_in_flight_rows": 2, "poll_interval_s": 0.1}
+    settings = load_settings("fake", environ={}, overrides={"runner": limits})
+    careful = ServeGenerator(child._handle, tries=Tries(lost_repeats=0))
+    runner = BatchRunner(careful, FakeScorer(), stores, settings, "w1")
+    prompts = ["one", "two", "die", "four", "five", "six"]
+    lines = [row_line(n, body={"prompt": text, "n": 4}) for n, text in enumerate(prompts)]
+    batch_id = await submit(stores, lines)
+    async with running(runner, timeout_s=120.0):
+        batch = await ended(stores, batch_id)
+    errors = await content(stores, batch["error_file_id"])
+    assert [(e["custom_id"], e["error"]["code"]) for e in errors] == [("r2", "engine_lost")]
+    assert batch["request_counts"] == {"total": 6, "completed": 5, "failed": 1}
 
 
 async def eventually(probe: Any, expected: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from actors.generator import EXIT_DEAD_ENGINE, GeneratorReplica, PolicyVersion
 from actors.metrics import GeneratorMetrics
 from mora_serve.config import PolicySettings
 from mora_serve.errors import GenerationError, StorageError
+from mora_serve.ports import CompletionDelta
 from mora_serve.store import Stores
 from mora_serve.types import Failure, Generation, GenerationRequest, Message, Sampling
 from tests.contract.generator_contract import GENERATOR_CHECKS, GeneratorCheck
@@ -44,6 +45,11 @@ class Engine(FakeEngine):
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation | Failure]:
         await self.check_health()
         return await super().generate(requests)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[CompletionDelta, None]:
+        async for delta in super().stream(request):
+            await self.check_health()
+            yield delta
 
 
 def request(model: str | None = None) -> GenerationRequest:
@@ -269,6 +275,19 @@ async def test_a_replica_exits_with_its_engine() -> None:
     engine.dead = True
     with pytest.raises(GenerationError):
         await replica.generate([request()])
+    assert exits == [EXIT_DEAD_ENGINE]
+    await replica.stop()
+
+
+async def test_a_replica_exits_with_an_engine_that_dies_in_a_stream() -> None:
+    engine, exits = Engine(), list[int]()
+    replica = replica_of(engine, Stores.memory(), exit_process=exits.append)
+    await replica.start()
+    stream = replica.stream(request())
+    await anext(stream)
+    engine.dead = True
+    with pytest.raises(GenerationError):
+        await anext(stream)
     assert exits == [EXIT_DEAD_ENGINE]
     await replica.stop()
 

@@ -62,10 +62,10 @@ def make_runner(
 
 
 @asynccontextmanager
-async def running(*runners: BatchRunner) -> AsyncIterator[None]:
+async def running(*runners: BatchRunner, timeout_s: float = 60.0) -> AsyncIterator[None]:
     tasks = [asyncio.create_task(runner.run()) for runner in runners]
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(timeout_s):
             yield
     finally:
         await asyncio.gather(*(runner.stop() for runner in runners))
