@@ -1,4 +1,8 @@
-"""``/v1/models``: the policy versions that can be sampled, the current one first."""
+"""``/v1/models``: the policy versions that can be sampled, the current one first.
+
+``POST /v1/models/{id}/activate`` makes any published version, or the base, the one that requests
+sample by default: how a version goes live, and how one is rolled back.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,25 @@ async def get_model(model: str, deps: DepsArg) -> Response:
         if item["id"] == model:
             return Json(item)
     raise unknown_model(model)
+
+
+@router.post("/{model:path}/activate", response_model=Model)
+async def activate_model(model: str, deps: DepsArg) -> Response:
+    """Make a version the current one; generators load it, and ``/v1/models`` says when they have.
+
+    Older versions stay listed. Where an engine holds one set of weights at a time (CPU), the
+    current version is the only one that can be sampled.
+    """
+    jobs = deps.stores.jobs
+    known = {version["id"]: version for version in await jobs.list_policies()}
+    if model not in known and model != deps.settings.policy.model:
+        raise unknown_model(model)
+    if model not in known:
+        # The base is served without ever having been published.
+        known[model] = {"id": model, "kind": "base", "uri": None}
+        await jobs.publish_policy(known[model], make_current=False)
+    await jobs.set_current_policy(model)
+    return Json(_model(model, known[model], current=True))
 
 
 def unknown_model(name: str) -> NotFoundError:

@@ -149,6 +149,27 @@ async def test_models_list_the_current_version_first_with_its_origin() -> None:
     assert older.json()["model"] == MODEL
 
 
+async def test_a_version_goes_live_and_is_rolled_back_to_the_base_that_nobody_published() -> None:
+    deps = make_deps()
+    version = {"id": "policy-1", "kind": "lora", "uri": "file:///x", "parent": MODEL}
+    await deps.stores.jobs.publish_policy(version, make_current=False)
+    base = deps.settings.policy.model
+    async with make_client(create_app(deps)) as client:
+        live = await client.post("/v1/models/policy-1/activate")
+        assert schemas.Model.model_validate(live.json()).current
+        assert (await deps.stores.jobs.current_policy())[0] == "policy-1"
+
+        back = schemas.Model.model_validate(
+            (await client.post(f"/v1/models/{base}/activate")).json()
+        )
+        assert (back.id, back.kind, back.current) == (base, "base", True)
+        assert (await deps.stores.jobs.current_policy())[0] == base
+
+        unknown = await client.post("/v1/models/policy-2/activate")
+    assert unknown.status_code == 404
+    assert error_of(unknown)["code"] == "model_not_found"
+
+
 async def test_model_names_may_hold_slashes() -> None:
     deps: Deps = make_deps(generator=FakeGenerator(("org/model",)))
     async with make_client(create_app(deps)) as client:
