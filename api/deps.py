@@ -5,9 +5,9 @@ Routes get it as a FastAPI dependency (:data:`DepsArg`); nothing here is a modul
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
@@ -57,16 +57,25 @@ class Context:
 
     deps: Deps
     prompts: Admission
+    bodies: Admission
     uploads: Admission
 
 
 def build_context(deps: Deps) -> Context:
     """Counters from the server's limits, wired to the metrics."""
-    server = deps.settings.server
+    server, metrics = deps.settings.server, deps.metrics
+
+    def admission(limit: int, name: str, reason: str, observe: Any = None) -> Admission:
+        refused = metrics.rejected.labels(reason).inc
+        return Admission(limit, name, observe, refused=refused)
+
     return Context(
         deps,
-        Admission(server.max_in_flight_prompts, "prompts", deps.metrics.prompts_in_flight.set),
-        Admission(server.max_uploads, "uploads"),
+        admission(
+            server.max_in_flight_prompts, "prompts", "prompts", metrics.prompts_in_flight.set
+        ),
+        admission(server.max_queued_bytes, "bytes of requests", "bytes", metrics.queued_bytes.set),
+        admission(server.max_uploads, "uploads", "uploads"),
     )
 
 
@@ -79,6 +88,19 @@ async def _context(request: Request) -> Context:
 
 async def _deps(request: Request) -> Deps:
     return (await _context(request)).deps
+
+
+async def queued_body(request: Request) -> AsyncIterator[None]:
+    """Holds a permit for the request's bytes, from before they are read until it is answered.
+
+    A body that does not announce its size counts as the largest one that is accepted.
+    """
+    context = await _context(request)
+    announced = request.headers.get("content-length", "")
+    largest = context.deps.settings.server.max_body_bytes
+    num_bytes = int(announced) if announced.isdecimal() else largest
+    with context.bodies.take(num_bytes):
+        yield
 
 
 ContextArg = Annotated[Context, Depends(_context)]

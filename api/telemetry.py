@@ -51,6 +51,10 @@ class GatewayMetrics:
         self.prompts_in_flight = Gauge(
             "mora_gateway_prompts_in_flight", "Prompts being worked on", registry=self.registry
         )
+        self.queued_bytes = Gauge(
+            "mora_gateway_queued_bytes", "Bytes of the requests being worked on",
+            registry=self.registry,
+        )  # fmt: skip
         self.rejected = Counter(
             "mora_gateway_rejected", "Requests refused before any work was queued",
             ("reason",), registry=self.registry,

@@ -62,6 +62,8 @@ class ServerSettings(Section):
     the entries of those rows are null. A number in their place would train on an outage."""
     max_in_flight_prompts: int = Field(default=512, ge=1)
     """Prompts being worked on per gateway replica; beyond it requests get 429."""
+    max_queued_bytes: int = Field(default=128 * 2**20, ge=1)
+    """Bytes of the synchronous requests being worked on per gateway replica; beyond it 429."""
     replicas: int = Field(default=1, ge=1)
     haproxy: bool = True
     """Serve HTTP through Ray Serve's HAProxy instead of its Python proxy."""

@@ -9,11 +9,11 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, cast
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from api.bodies import ChatRequest, parse, read_json
-from api.deps import Context, ContextArg, Deps
+from api.deps import Context, ContextArg, Deps, queued_body
 from api.openapi import json_body
 from api.routes.models import unknown_model
 from api.schemas import ChatCompletion
@@ -25,7 +25,7 @@ from mora_serve.ports import CompletionDelta
 from mora_serve.requests import to_messages
 from mora_serve.types import Failure, Generation, GenerationRequest, Sampling
 
-router = APIRouter(prefix="/v1/chat", tags=["chat"])
+router = APIRouter(prefix="/v1/chat", tags=["chat"], dependencies=[Depends(queued_body)])
 
 
 @router.post("/completions", response_model=ChatCompletion, openapi_extra=json_body(ChatRequest))

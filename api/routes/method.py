@@ -10,12 +10,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from api.admission import Admission
 from api.bodies import parse, read_json
-from api.deps import Context, ContextArg
+from api.deps import Context, ContextArg, queued_body
 from api.openapi import json_body
 from api.schemas import DiagnosticsResponse, GetRewardResponse, RewriteResponse, ScoresResponse
 from api.streaming import Json, ndjson_line, ndjson_response, run_while_connected
@@ -31,7 +31,7 @@ from mora_serve.requests import (
     parse_body,
 )
 
-router = APIRouter(tags=["method"])
+router = APIRouter(tags=["method"], dependencies=[Depends(queued_body)])
 
 BodyT = TypeVar("BodyT", bound=MoraRequest)
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"application/x-ndjson": {}}}}

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mora_serve.errors import OverloadedError
+from mora_serve.store.rate import MAX_WAIT_S, bounded_wait
 from mora_serve.store.steps import Backlog
-
-MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
-"""The official client heeds ``Retry-After`` up to a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +32,8 @@ def retry_after_s(waiting: Backlog, input_bytes: int, limits: BacklogLimits) -> 
     Sixty where nothing was finished within the last minute.
     """
     if waiting.rate <= 0:
-        return MAX_RETRY_S
+        return MAX_WAIT_S
     surplus_bytes = waiting.num_bytes + input_bytes - limits.max_bytes
     rows_of_bytes = surplus_bytes * waiting.rows / max(1, waiting.num_bytes)
     surplus = max(waiting.rows - limits.max_rows + 1, rows_of_bytes)
-    return min(max(surplus / waiting.rate, MIN_RETRY_S), MAX_RETRY_S)
+    return bounded_wait(surplus / waiting.rate)

@@ -1,4 +1,4 @@
-"""Rows per second over the last minute, kept in a ring of buckets.
+"""Rows per second over the last minute, kept in a ring of buckets; and how long to wait by it.
 
 The commit step of both ledgers adds to the ring (one slot, whatever the size of the batch), and
 :func:`recent_rate` reads it. A batch whose work pauses is soon said to stand still; one that is
@@ -15,6 +15,9 @@ WINDOW_S = float(BUCKET_S * NUM_BUCKETS)
 MIN_ELAPSED_S = 1.0
 """A shorter time measures nothing: the first rows of a batch often end together."""
 
+MIN_WAIT_S, MAX_WAIT_S = 1.0, 60.0
+"""The official client heeds ``Retry-After`` up to a minute."""
+
 Bucket = tuple[int, int]
 """``(number of the bucket since 1970, rows committed in it)``."""
 
@@ -26,7 +29,7 @@ class RateRing:
         self._slots: dict[int, Bucket] = {}
 
     def add(self, now: float, rows: int = 1) -> None:
-        """Count ``rows`` committed at ``now``, Unix seconds."""
+        """Count ``rows`` committed at ``now``, in seconds of a clock that does not go back."""
         bucket = int(now // BUCKET_S)
         known, count = self._slots.get(bucket % NUM_BUCKETS, (bucket, 0))
         self._slots[bucket % NUM_BUCKETS] = (bucket, rows + (count if known == bucket else 0))
@@ -50,3 +53,8 @@ def recent_rate(buckets: Iterable[Bucket], now: float, since: float) -> float | 
     begun = min([since, *(float(bucket * BUCKET_S) for bucket, _ in recent)])
     elapsed_s = max(now - max(begun, now - WINDOW_S), MIN_ELAPSED_S)
     return sum(count for _, count in recent) / elapsed_s
+
+
+def bounded_wait(seconds: float) -> float:
+    """An estimate of when there will be room, as what a refused caller is told."""
+    return min(max(seconds, MIN_WAIT_S), MAX_WAIT_S)

@@ -9,11 +9,10 @@ import httpx
 import pytest
 
 from api import schemas
-from api.admission import Admission
 from api.app import create_app
 from api.pools import CACHE_S, CheckedPools, Pool, PoolMonitor, pool_states
 from api.telemetry import merge_expositions
-from mora_serve.errors import CalibrationError, OverloadedError, StorageError
+from mora_serve.errors import CalibrationError, StorageError
 from mora_serve.store import Stores
 from tests.unit.api.conftest import make_client, make_deps
 
@@ -198,17 +197,3 @@ async def test_request_id_is_the_callers_when_sane(
 
     assert (answered == given) is kept
     assert answered
-
-
-def test_admission_gives_permits_back_however_the_block_is_left() -> None:
-    seen: list[int] = []
-    admission = Admission(2, "prompts", seen.append)
-    with admission.take(2), pytest.raises(OverloadedError), admission.take(1):
-        pass
-    with pytest.raises(KeyError), admission.take(1):
-        raise KeyError
-    with admission.take(5):
-        assert admission.in_use == 5, "alone, a large request is admitted"
-
-    assert admission.in_use == 0
-    assert seen == [2, 0, 1, 0, 5, 0]
