@@ -22,6 +22,7 @@ from mora_serve.fakes import FakeGenerator, FakeScorer
 from mora_serve.identity import new_id
 from mora_serve.store import Stores, open_stores
 from tests.contract.gateway_server import gateway, http_server, working
+from tests.s3_fixtures import s3_client
 
 pytestmark = pytest.mark.redis
 ANSWERS = [{"prompt": "why?", "response": f"because {number}"} for number in range(5)]
@@ -206,3 +207,28 @@ async def test_uri_that_leaves_the_prefixes_is_refused(
         await service.register(uri.format(allowed=service.allowed))
 
     assert refused.value.param == "uri"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "directory"])
+async def test_input_on_s3_is_read_from_there(service: Service, s3_bucket: str, kind: str) -> None:
+    s3 = s3_client()
+    objects = {
+        "jsonl": {"rows.jsonl": json_lines()},
+        "parquet": {"rows.parquet": parquet(ANSWERS)},
+        "directory": {"set/0.parquet": parquet(ANSWERS[:2]), "set/1.parquet": parquet(ANSWERS[2:])},
+    }[kind]
+    for name, data in objects.items():
+        s3.put_object(Bucket=s3_bucket, Key=f"inputs/{name}", Body=data)
+        s3.put_object(Bucket=s3_bucket, Key=f"elsewhere/{name}", Body=data)
+    name = next(iter(objects)).split("/")[0]
+
+    file = await service.register(f"s3://{s3_bucket}/inputs/{name}")
+    batch = await service.run(file.id)
+
+    assert file.bytes == sum(len(data) for data in objects.values())
+    assert await service.ids(batch) == EXPECTED
+    for elsewhere in (f"elsewhere/{name}", "inputs/missing.jsonl"):
+        with pytest.raises(openai.BadRequestError):
+            await service.register(f"s3://{s3_bucket}/{elsewhere}")
+    await service.client.files.delete(file.id)
+    assert "Contents" in s3.list_objects_v2(Bucket=s3_bucket, Prefix="inputs/")

@@ -11,8 +11,9 @@ from mora_serve.config import load_settings
 from mora_serve.identity import new_id
 from mora_serve.store import Stores, open_stores
 from tests.redis_fixtures import redis_server, redis_url
+from tests.s3_fixtures import s3_bucket, s3_server
 
-__all__ = ["redis_server", "redis_url", "stores"]
+__all__ = ["redis_server", "redis_url", "s3_bucket", "s3_server", "stores"]
 
 
 @pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.redis)])

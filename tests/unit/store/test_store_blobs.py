@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from mora_serve.store.blobs import CHUNK_BYTES, FsspecBlobs
 from mora_serve.store.memory_blobs import MemoryBlobs
 
 
-@pytest.fixture(params=["local", "fsspec memory", "dictionary"])
+@pytest.fixture(params=["local", "fsspec memory", "s3", "dictionary"])
 def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
     if request.param == "local":
         return FsspecBlobs(str(tmp_path / "blobs"))
     if request.param == "fsspec memory":
         return FsspecBlobs(f"memory://{new_id('root')}")
+    if request.param == "s3":
+        return FsspecBlobs(f"s3://{request.getfixturevalue('s3_bucket')}/root")
     return MemoryBlobs()
 
 
@@ -53,6 +56,29 @@ async def test_parts_are_joined_in_order(blobs: BlobStore) -> None:
         await blobs.put(f"part{number}", f"{number}\n".encode())
     assert await blobs.concat("all", ["part2", "part0", "part1"]) == 6
     assert await _read(blobs, "all") == b"2\n0\n1\n"
+
+
+async def test_blobs_under_a_prefix_are_listed_and_removed_together(blobs: BlobStore) -> None:
+    for key in ("a/b/1", "a/b/c/2", "a/bc", "d"):
+        await blobs.put(key, b"data")
+    assert await blobs.list_keys("a/b/") == ["a/b/1", "a/b/c/2"]
+
+    await asyncio.gather(*(blobs.delete_all("a/b/") for _ in range(3)))
+    await blobs.delete_all("nothing/")
+
+    assert await blobs.list_keys("a/b/") == []
+    assert [await blobs.exists(key) for key in ("a/b/1", "a/bc", "d")] == [False, True, True]
+
+
+async def test_a_blob_can_be_sought_in(blobs: BlobStore) -> None:
+    await blobs.put("a/b", b"0123456789")
+
+    with blobs.open_file("a/b") as file:
+        file.seek(-3, 2)
+        assert file.read() == b"789"
+        file.seek(2)
+        assert file.read(2) == b"23"
+    assert await blobs.tree("a/b") is None
 
 
 async def test_a_put_that_fails_leaves_nothing(blobs: BlobStore, tmp_path: Path) -> None:
