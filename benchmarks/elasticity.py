@@ -3,7 +3,8 @@
 Starts the real stack on the ``fake`` backend with every pool at none, waits until nothing runs,
 submits a batch, and watches the processes: generators, scorers and runners have to reach their
 maximum while there is a backlog, and none again when there is not, and every row has to arrive.
-Prints replicas and backlog over time.
+Half way through the Serve controller, which decides all this, is killed. Prints replicas and
+backlog over time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from benchmarks import kills, machine
 from benchmarks.audit import audit
 from benchmarks.chaos_batch import custom_ids, submitted
-from benchmarks.up import running
+from benchmarks.up import Up, running
 from mora_serve.client import Client
 
 POOLS: Mapping[str, int] = {"generator": 3, "scorer": 2, "runner": 2}
@@ -31,6 +32,8 @@ PERIOD_S = 1.0
 QUIET_S = 10.0
 """How often the backlog is printed while no replica comes or goes."""
 IDLE_TIMEOUT_S = 180.0
+RECOVERY_S = 30.0
+"""How long ``/readyz`` may say no after the controller was killed."""
 
 
 def stack_settings(delay_ms: float) -> dict[str, Any]:
@@ -81,11 +84,11 @@ class Look:
 class Watch(threading.Thread):
     """Looks at the stack every ``PERIOD_S``; prints when replicas change."""
 
-    def __init__(self, root: int, url: str, backlog: Callable[[], int]) -> None:
+    def __init__(self, root: int, url: str) -> None:
         super().__init__(name="watch", daemon=True)
         self._root = root
         self._client = Client(url, timeout_s=10.0)
-        self._backlog = backlog
+        self._backlog = 0
         self._over = threading.Event()
         self._since = time.monotonic()
         self._printed_s = 0.0
@@ -108,15 +111,22 @@ class Watch(threading.Thread):
     def look(self) -> Look:
         replicas = {pool: len(kills.find(self._root, pool)) for pool in POOLS}
         ready, _ = self._client.ready()
-        return Look(time.monotonic() - self._since, replicas, self._backlog(), ready)
+        return Look(self.elapsed_s(), replicas, self._backlog, ready)
 
     def finish(self) -> None:
         self._over.set()
         self.join()
 
-    def wait_for_none(self, timeout_s: float) -> bool:
-        """Whether all pools have no replica within ``timeout_s``."""
-        deadline = time.monotonic() + timeout_s
+    def tell(self, backlog: int) -> None:
+        """How many rows are not done."""
+        self._backlog = backlog
+
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._since
+
+    def wait_for_none(self) -> bool:
+        """Whether all pools come to have no replica within ``IDLE_TIMEOUT_S``."""
+        deadline = time.monotonic() + IDLE_TIMEOUT_S
         while time.monotonic() < deadline:
             if self.looks and not any(self.looks[-1].replicas.values()):
                 return True
@@ -126,35 +136,46 @@ class Watch(threading.Thread):
 
 def run(num_rows: int, delay_ms: float) -> list[str]:
     """The whole run; returns what went wrong."""
-    problems: list[str] = []
     data_dir = Path(tempfile.mkdtemp(prefix="mora-elastic-"))
-    left = [0]
     with running(stack_settings(delay_ms), data_dir=data_dir) as up:
-        watch = Watch(up.pid, up.url, lambda: left[0])
+        watch = Watch(up.pid, up.url)
         watch.start()
-        if not watch.wait_for_none(IDLE_TIMEOUT_S):
-            problems.append("an idle stack must have no replica before the batch")
-        with submitted(up.url, num_rows, BODY) as batch:
-            left[0] = num_rows
-
-            def tell(done: int) -> None:
-                left[0] = num_rows - done
-
-            batch.wait(tell)
-            findings = audit(custom_ids(num_rows), batch.leavings())
-        problems += findings.problems
-        problems += [
-            f"{count} rows ended as {code}" for code, count in findings.error_codes.items()
-        ]
-        if not watch.wait_for_none(IDLE_TIMEOUT_S):
-            problems.append("an idle stack must have no replica after the batch")
+        problems = [] if watch.wait_for_none() else ["an idle stack must have no replica"]
+        killed_s, found = run_batch(up, watch, num_rows)
+        problems += found
+        if not watch.wait_for_none():
+            problems.append("pools must go back to no replica when the batch is done")
         watch.finish()
+    return [*problems, *check(watch.looks, killed_s)]
+
+
+def run_batch(up: Up, watch: Watch, num_rows: int) -> tuple[float, list[str]]:
+    """When the controller was killed, in the watch's time, and what is wrong with the batch."""
+    with submitted(up.url, num_rows, BODY) as batch:
+        began_s = watch.elapsed_s()
+        killer = kills.Killer(up.pid, [kills.Planned(0.5, "controller")], 0, batch.share)
+        killer.start()
+        batch.wait(lambda done: watch.tell(num_rows - done))
+        killed = killer.finish()
+        findings = audit(custom_ids(num_rows), batch.leavings())
+    problems = [*findings.problems]
+    problems += [f"{n} rows ended as {code}" for code, n in findings.error_codes.items()]
+    if not killed or killed[0].back_s is None:
+        problems.append("the Serve controller must be killed once, and come back")
+        return began_s, problems
+    return began_s + killed[0].at_s, problems
+
+
+def check(looks: Sequence[Look], killed_s: float) -> list[str]:
+    """What the looks show that must not be. The controller was killed at ``killed_s``."""
+    problems = []
     for pool, most in POOLS.items():
-        reached = max(look.replicas[pool] for look in watch.looks)
+        reached = max(look.replicas[pool] for look in looks)
         if reached != most:
             problems.append(f"{pool} must reach {most} replicas, got {reached}")
-    if not all(look.ready for look in watch.looks):
-        problems.append("/readyz must stay true while pools start from none")
+    unready = [look.at_s for look in looks if not look.ready]
+    if any(not killed_s - PERIOD_S <= at_s <= killed_s + RECOVERY_S for at_s in unready):
+        problems.append(f"/readyz must stay true while pools start from none, was not at {unready}")
     return problems
 
 
