@@ -31,19 +31,22 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._num_inside = 0
+        self.num_inside = 0
+        """Users who are inside together."""
         self._is_closed = False
+        self.is_paused = False
+        """Whether newcomers wait because of :meth:`pause`."""
         self._waiting: set[asyncio.Future[None]] = set()
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         """Inside together with others; waits while the gate is closed."""
-        await self._until(lambda: not self._is_closed)
-        self._num_inside += 1
+        await self._until(lambda: not (self._is_closed or self.is_paused))
+        self.num_inside += 1
         try:
             yield
         finally:
-            self._num_inside -= 1
+            self.num_inside -= 1
             self._wake()
 
     @asynccontextmanager
@@ -52,11 +55,16 @@ class Gate:
         await self._until(lambda: not self._is_closed)
         self._is_closed = True
         try:
-            await self._until(lambda: self._num_inside == 0)
+            await self._until(lambda: self.num_inside == 0)
             yield
         finally:
             self._is_closed = False
             self._wake()
+
+    def pause(self, paused: bool) -> None:
+        """Keep newcomers out, or no longer. Does not wait for those inside."""
+        self.is_paused = paused
+        self._wake()
 
     async def _until(self, holds: Callable[[], bool]) -> None:
         while not holds():

@@ -9,7 +9,7 @@ is in :data:`mora_serve.row_codes.ROW_CODES`::
     nothing answers: full queues, ``unavailable_timeout_s`` of waiting      ``service_unavailable``
     no replica, no storage
     an engine ends under the row  ``max_poison_tries`` losses, of which     ``engine_lost``
-                                  the last while it was alone
+                                  the last in quarantine
     anything unforeseen           ``max_poison_tries`` tries                ``internal_error``
 
 Between tries lies an exponential backoff with full jitter, which holds no place that others need.
@@ -212,7 +212,7 @@ class _Budget:
     def _lose(self) -> str | None:
         was, self.place = self.place, self.place.next()
         self._losses += was > Place.TOGETHER
-        convicted = was is Place.ALONE and self._losses >= self._settings.max_poison_tries
+        convicted = was is Place.QUARANTINED and self._losses >= self._settings.max_poison_tries
         return ENGINE_LOST if convicted else None
 
     def _fail(self) -> str | None:

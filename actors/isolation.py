@@ -1,15 +1,16 @@
 """Where the rows of one runner run: together, aside, or alone. Finds rows that end engines.
 
 An engine that ends takes every call down that was in it, and nothing says whose fault it was. So a
-row whose engine was lost is a suspect, and moves one place on with each loss::
+row whose engine was lost is a suspect, and moves on with each loss::
 
-    together   beside other rows, its calls merged with theirs      a loss proves nothing
-    aside      one suspect of the runner at a time, calls unmerged  a loss counts
-    alone      nothing else of the runner is in flight              a loss counts, and may convict
+    together     beside other rows, its calls merged with theirs      a loss proves nothing
+    aside        one suspect of the runner at a time, calls unmerged  a loss counts
+    quarantined  nothing else of any runner is in flight              a loss counts, and may convict
 
 Most losses have other reasons, and then nothing but the suspects themselves waits. A row is given
-up only when an engine ended while it was alone: however many rows of a runner end engines, the
-others come through.
+up only when an engine ended while it was in quarantine: however many rows of a batch end engines,
+the others come through. A row that runners may have died of runs *alone*, with nothing else of its
+own runner in flight.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from enum import IntEnum
 from typing import Protocol
 
 from actors.aio import Gate
+from actors.quarantine import Quarantine
 from mora_serve.requests import MoraRequest
 from mora_serve.service import RowResult
 
@@ -37,22 +39,27 @@ class Place(IntEnum):
     TOGETHER = 0
     ASIDE = 1
     ALONE = 2
+    QUARANTINED = 3
 
     def next(self) -> Place:
         """Where a row goes whose engine was lost here."""
-        return Place(min(self + 1, Place.ALONE))
+        return Place.ASIDE if self is Place.TOGETHER else Place.QUARANTINED
 
 
 class Isolation:
     """The places of one runner; one instance per runner, shared by all its rows.
 
     ``service`` may merge the calls of rows that run together; ``apart`` gets one row at a time.
+    All rows go through ``gate``, which ``quarantine`` holds for other runners.
     """
 
-    def __init__(self, service: RowService, apart: RowService) -> None:
+    def __init__(
+        self, service: RowService, apart: RowService, gate: Gate, quarantine: Quarantine
+    ) -> None:
         self._service = service
         self._apart = apart
-        self._gate = Gate()
+        self._gate = gate
+        self._quarantine = quarantine
         self._one = asyncio.Lock()
 
     @asynccontextmanager
@@ -61,6 +68,13 @@ class Isolation:
         if place is Place.TOGETHER:
             async with self._gate.open():
                 yield self._service
-            return
-        async with self._one, self._gate.closed() if place is Place.ALONE else self._gate.open():
-            yield self._apart
+        elif place is Place.ASIDE:
+            async with self._one, self._gate.open():
+                yield self._apart
+        elif place is Place.ALONE:
+            async with self._one, self._gate.closed():
+                yield self._apart
+        else:
+            async with self._one, self._quarantine.held(), self._gate.closed():
+                await self._quarantine.others_quiet()
+                yield self._apart

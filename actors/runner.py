@@ -19,9 +19,11 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
+from actors.aio import Gate
 from actors.batch_rows import RowWorker, backoff_s
 from actors.batch_validation import BatchValidator
 from actors.isolation import Isolation, RowService
+from actors.quarantine import Quarantine
 from actors.shard_run import ShardLimits, ShardRun
 from mora_serve.calibrators import load_calibrator
 from mora_serve.config import Settings
@@ -60,7 +62,11 @@ class BatchRunner:
             or MoraService(generator, scorer, load_calibrator(settings), settings, lists=lists)
             for lists in (ROW_LISTS, ListCalls())
         )
-        self._isolation = Isolation(together, apart)
+        gate = Gate()
+        self._quarantine = Quarantine(
+            stores.batches, worker_id, gate, period_s=settings.runner.poll_interval_s
+        )
+        self._isolation = Isolation(together, apart, gate, self._quarantine)
         self._stores = stores
         self._settings = settings.runner
         self._worker_id = worker_id
@@ -86,6 +92,7 @@ class BatchRunner:
     async def run(self) -> None:
         """Work until ``stop``. Survives storage failures; only bugs end it with an exception."""
         self._idle.clear()
+        quarantine = asyncio.create_task(self._quarantine.run())
         loops = [
             asyncio.create_task(self._loop(self._lease_next, self._work_wake)),
             asyncio.create_task(self._loop(self._coordinate, self._coordinate_wake)),
@@ -97,7 +104,7 @@ class BatchRunner:
                 grace_s = self._settings.replica.graceful_shutdown_timeout_s * STOP_SHARE
                 await asyncio.wait(self._shards, timeout=grace_s)
         finally:
-            tasks = [*loops, *self._shards]
+            tasks = [*loops, *self._shards, quarantine]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -333,6 +333,24 @@ class BatchStore(Protocol):
         """Take the last ``count_try`` back: work on the row was interrupted on purpose."""
         ...
 
+    async def claim_quarantine(self, claim: str, ttl_s: float) -> bool:
+        """Begin or extend the quarantine, in which one runner has the engines for itself; False
+        while there is another claim to it. No two quarantines have the same claim."""
+        ...
+
+    async def leave_quarantine(self, claim: str) -> None:
+        """End the quarantine; harmless when it is another's."""
+        ...
+
+    async def report_runner(self, worker: str, ttl_s: float, quiet_for: str | None) -> str | None:
+        """Say that a runner lives for ``ttl_s`` (0: it ends), and for which claim it has
+        nothing in flight. Returns the claim there is now."""
+        ...
+
+    async def num_unquiet(self, worker: str, claim: str) -> int:
+        """Living runners other than ``worker`` that are not quiet for ``claim``."""
+        ...
+
     async def seal_shard(self, lease: Lease) -> None:
         """Write a complete shard's rows and pairs as immutable parts, then drop its open state."""
         ...

@@ -40,7 +40,7 @@ DATA_CODES: Final[Mapping[str, str]] = {
 
 SERVICE_CODES: Final[Mapping[str, str]] = {
     SERVICE_UNAVAILABLE: "engines failed, or none answered, for longer than the row's budget",
-    ENGINE_LOST: "engines ended while they worked on this row alone",
+    ENGINE_LOST: "engines ended while nothing but this row was in them",
     RUNNER_LOST: "batch runners ended while they worked on this row alone",
     INTERNAL_ERROR: "the row met a bug; the runner's log has it",
     BATCH_EXPIRED: "the completion window ended before the row was worked on",

@@ -319,6 +319,22 @@ class LedgerBatches:
         """Take the last ``count_try`` back: work on the row was interrupted on purpose."""
         await self._steps.forget_try(lease, line)
 
+    async def claim_quarantine(self, claim: str, ttl_s: float) -> bool:
+        """Begin or extend the quarantine; see the port."""
+        return await self._steps.claim_quarantine(claim, ttl_s)
+
+    async def leave_quarantine(self, claim: str) -> None:
+        """End the quarantine; harmless when it is another's."""
+        await self._steps.leave_quarantine(claim)
+
+    async def report_runner(self, worker: str, ttl_s: float, quiet_for: str | None) -> str | None:
+        """Say that a runner lives; see the port."""
+        return await self._steps.report_runner(worker, ttl_s, quiet_for)
+
+    async def num_unquiet(self, worker: str, claim: str) -> int:
+        """Living runners other than ``worker`` that are not quiet for ``claim``."""
+        return await self._steps.num_unquiet(worker, claim)
+
     async def seal_shard(self, lease: Lease) -> None:
         """Write the shard's parts, then make them count in one atomic step."""
         await self._assembly.seal(lease)

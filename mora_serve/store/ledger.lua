@@ -629,6 +629,47 @@ function steps.update_job(id, ...)
   return call('HGETALL', name)
 end
 
+-- quarantine: one runner at a time has the engines for itself. Every runner says now and then that it
+-- lives, and for which claim of the quarantine it is quiet. No claim has the name of an earlier one.
+
+function steps.claim_quarantine(claim, ttl)
+  local name = prefix .. ':quarantine'
+  if call('SET', name, claim, 'PX', ttl, 'NX') then return 1 end
+  if call('GET', name) ~= claim then return 0 end
+  call('PEXPIRE', name, ttl)
+  return 1
+end
+
+function steps.leave_quarantine(claim)
+  local name = prefix .. ':quarantine'
+  if call('GET', name) == claim then call('DEL', name) end
+  return 1
+end
+
+function steps.report_runner(worker, ttl, quiet_for)
+  local name = prefix .. ':runners'
+  if number(ttl) > 0 then
+    call('HSET', name, worker, whole(now + number(ttl)) .. '|' .. quiet_for)
+  else
+    call('HDEL', name, worker)
+  end
+  return call('GET', prefix .. ':quarantine')
+end
+
+function steps.num_unquiet(worker, claim)
+  local name, count = prefix .. ':runners', 0
+  local reports = call('HGETALL', name)
+  for i = 1, #reports, 2 do
+    local till, quiet_for = string.match(reports[i + 1], '^(%d+)|(.*)$')
+    if number(till) <= now then
+      call('HDEL', name, reports[i])
+    elseif reports[i] ~= worker and quiet_for ~= claim then
+      count = count + 1
+    end
+  end
+  return count
+end
+
 function steps.claim_job(worker, ttl)
   for _, id in ipairs(call('ZRANGE', prefix .. ':jobs:active', 0, -1)) do
     if call('SET', prefix .. ':job:' .. id .. ':claim', worker, 'PX', ttl, 'NX') then

@@ -69,6 +69,8 @@ class MemoryLedger(MemoryFiles):
         self._batches: dict[str, _Batch] = {}
         self._keys: dict[str, tuple[str, str]] = {}
         self._turn = 0
+        self._quarantine: tuple[str, float] | None = None
+        self._runners: dict[str, tuple[float, str | None]] = {}
 
     async def ping(self) -> None:
         return None
@@ -274,6 +276,35 @@ class MemoryLedger(MemoryFiles):
         count, last = shard.tries.get(line, (0, None))
         if last == lease.token:
             shard.tries[line] = (count - 1, None)
+
+    async def claim_quarantine(self, claim: str, ttl_s: float) -> bool:
+        if self._quarantined_by() not in (None, claim):
+            return False
+        self._quarantine = claim, self._clock() + ttl_s
+        return True
+
+    async def leave_quarantine(self, claim: str) -> None:
+        if self._quarantined_by() == claim:
+            self._quarantine = None
+
+    async def report_runner(self, worker: str, ttl_s: float, quiet_for: str | None) -> str | None:
+        if ttl_s > 0:
+            self._runners[worker] = self._clock() + ttl_s, quiet_for
+        else:
+            self._runners.pop(worker, None)
+        return self._quarantined_by()
+
+    async def num_unquiet(self, worker: str, claim: str) -> int:
+        now = self._clock()
+        return sum(
+            till > now and quiet_for != claim
+            for name, (till, quiet_for) in self._runners.items()
+            if name != worker
+        )
+
+    def _quarantined_by(self) -> str | None:
+        found = self._quarantine
+        return None if found is None or found[1] <= self._clock() else found[0]
 
     async def shard_rows(self, lease: Lease) -> list[StoredRow]:
         rows = self._batches[lease.batch_id].shards[lease.shard].rows

@@ -140,6 +140,18 @@ class RedisLedger(RedisFiles):
     async def forget_try(self, lease: Lease, line: int) -> None:
         await self._step("forget_try", *_held(lease), line)
 
+    async def claim_quarantine(self, claim: str, ttl_s: float) -> bool:
+        return bool(await self._step("claim_quarantine", claim, _ms(ttl_s)))
+
+    async def leave_quarantine(self, claim: str) -> None:
+        await self._step("leave_quarantine", claim)
+
+    async def report_runner(self, worker: str, ttl_s: float, quiet_for: str | None) -> str | None:
+        return text(await self._step("report_runner", worker, _ms(ttl_s), quiet_for or ""))
+
+    async def num_unquiet(self, worker: str, claim: str) -> int:
+        return int(await self._step("num_unquiet", worker, claim))
+
     async def shard_rows(self, lease: Lease) -> list[StoredRow]:
         found = pairs(await self._step("shard_rows", lease.batch_id, lease.shard))
         rows = [StoredRow(int(k), v[:1] == b"e", v[1:]) for k, v in found]

@@ -193,6 +193,20 @@ class LedgerSteps(FileSteps, Protocol):
         """Take this lease's ``count_try`` back, also when the lease was lost since."""
         ...
 
+    async def claim_quarantine(self, claim: str, ttl_s: float) -> bool:
+        """Begin or extend the one quarantine; False while there is another claim to it."""
+        ...
+
+    async def leave_quarantine(self, claim: str) -> None: ...
+    async def report_runner(self, worker: str, ttl_s: float, quiet_for: str | None) -> str | None:
+        """The runner lives for ``ttl_s`` (0: it ends), and has nothing in flight because of
+        the claim ``quiet_for``. Returns the claim there is now."""
+        ...
+
+    async def num_unquiet(self, worker: str, claim: str) -> int:
+        """Living runners other than ``worker`` that are not quiet for ``claim``."""
+        ...
+
     async def seal_shard(
         self, lease: Lease, sealed: SealedShard, num_rows: int, num_extra: int
     ) -> Literal["sealed", "changed", "lost"]:

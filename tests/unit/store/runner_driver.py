@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from actors.isolation import RowService
+from actors.aio import Gate
+from actors.isolation import Isolation, RowService
+from actors.quarantine import Quarantine
 from actors.runner import BatchRunner
 from mora_serve.config import Settings, load_settings
 from mora_serve.fakes import FakeGenerator, FakeScorer
@@ -59,6 +61,13 @@ def make_runner(
     settings = make_settings(**runner)
     generator, scorer = FakeGenerator(), FakeScorer(settings.dimensions)
     return BatchRunner(generator, scorer, stores, settings, name, service=service)
+
+
+def make_isolation(service: RowService, apart: RowService | None = None) -> Isolation:
+    """The places of a runner that has no other one beside it."""
+    gate = Gate()
+    quarantine = Quarantine(Stores.memory().batches, "w1", gate, period_s=0.001)
+    return Isolation(service, apart or service, gate, quarantine)
 
 
 @asynccontextmanager

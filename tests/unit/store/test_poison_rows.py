@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from actors import batch_rows, shard_run
-from actors.isolation import Isolation, Place
+from actors.isolation import Place
 from mora_serve.errors import GenerationError
 from mora_serve.requests import MoraRequest, RewriteRequest
 from mora_serve.service import RowResult
@@ -18,6 +18,7 @@ from tests.unit.store.ledger_driver import content
 from tests.unit.store.runner_driver import (
     EchoService,
     ended,
+    make_isolation,
     make_runner,
     row_line,
     running,
@@ -76,19 +77,23 @@ async def codes_of_failed_rows(stores: Stores, batch_id: str) -> dict[str, str]:
     return {item["custom_id"]: item["error"]["code"] for item in errors}
 
 
+@pytest.mark.parametrize("num_runners", [1, 3])
 @pytest.mark.parametrize("every", [2, 3, 16])
-async def test_rows_that_end_engines_are_given_up_and_all_others_come_through(every: int) -> None:
+async def test_rows_that_end_engines_are_given_up_and_all_others_come_through(
+    every: int, num_runners: int
+) -> None:
     poison = {f"p{number}" for number in range(0, 48, every)}
     engine = MortalEngine(lambda prompt, _call: prompt in poison)
     stores = Stores.memory()
     batch_id = await submit(stores, [row_line(number) for number in range(48)])
-    settings = {"max_poison_tries": TRIES, "max_in_flight_rows": 8, "shard_rows": 16}
-    async with running(make_runner(stores, engine, **settings)):
+    settings = {"max_poison_tries": TRIES, "max_in_flight_rows": 8, "shard_rows": 8}
+    runners = [make_runner(stores, engine, f"w{n}", **settings) for n in range(num_runners)]
+    async with running(*runners):
         failed = await codes_of_failed_rows(stores, batch_id)
         batch = await stores.batches.get_batch(batch_id)
     assert failed == {f"r{prompt[1:]}": "engine_lost" for prompt in poison}
     assert batch["request_counts"]["completed"] == 48 - len(poison)
-    # Convicted alone; one engine was lost among others, then one aside, then one a try.
+    # Given up with nothing else in the engine, of whichever runner.
     assert {deaths[-1] for deaths in engine.company.values()} == {1}
     assert max(len(deaths) for deaths in engine.company.values()) <= TRIES + 1
 
@@ -110,9 +115,10 @@ async def test_one_loss_alone_convicts_where_one_is_allowed() -> None:
     assert engine.calls["p0"] == 3
 
 
-async def test_a_row_that_is_alone_waits_for_others_and_keeps_them_out() -> None:
+@pytest.mark.parametrize("place", [Place.ALONE, Place.QUARANTINED])
+async def test_a_row_that_is_alone_waits_for_others_and_keeps_them_out(place: Place) -> None:
     service, apart = EchoService(), EchoService()
-    isolation = Isolation(service, apart)
+    isolation = make_isolation(service, apart)
     order: list[str] = []
     beside_inside, beside_may_leave = asyncio.Event(), asyncio.Event()
 
@@ -124,7 +130,7 @@ async def test_a_row_that_is_alone_waits_for_others_and_keeps_them_out() -> None
             order.append("beside")
 
     async def alone() -> None:
-        async with isolation.enter(Place.ALONE) as found:
+        async with isolation.enter(place) as found:
             assert found is apart
             order.append("alone")
             await asyncio.sleep(0)
@@ -136,10 +142,10 @@ async def test_a_row_that_is_alone_waits_for_others_and_keeps_them_out() -> None
 
     tasks = [asyncio.create_task(beside())]
     await beside_inside.wait()
-    tasks += [asyncio.create_task(alone())]
-    await asyncio.sleep(0)
-    tasks += [asyncio.create_task(late())]
-    await asyncio.sleep(0)
+    for step in (alone, late):
+        tasks.append(asyncio.create_task(step()))
+        for _ in range(10):
+            await asyncio.sleep(0)
     assert order == []
     beside_may_leave.set()
     await asyncio.gather(*tasks)
@@ -147,7 +153,7 @@ async def test_a_row_that_is_alone_waits_for_others_and_keeps_them_out() -> None
 
 
 async def test_suspects_run_aside_one_at_a_time_while_others_go_on() -> None:
-    isolation = Isolation(EchoService(), EchoService())
+    isolation = make_isolation(EchoService())
     inside = most = 0
 
     async def suspect() -> None:

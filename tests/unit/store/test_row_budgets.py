@@ -11,7 +11,6 @@ import pytest
 
 from actors import batch_rows, shard_run
 from actors.batch_rows import RowWorker
-from actors.isolation import Isolation
 from mora_serve.errors import (
     GenerationError,
     InvalidRequestError,
@@ -29,6 +28,7 @@ from tests.unit.store.ledger_driver import content
 from tests.unit.store.runner_driver import (
     EchoService,
     ended,
+    make_isolation,
     make_runner,
     make_settings,
     row_line,
@@ -69,7 +69,7 @@ class Clock:
 def worker(service: Any, clock: Clock | None = None, **runner: Any) -> RowWorker:
     clock = clock or Clock()
     return RowWorker(
-        Isolation(service, service),
+        make_isolation(service),
         make_settings(**runner).runner,
         {"id": "batch_x", "endpoint": "/v1/rewrites"},
         defaults={},

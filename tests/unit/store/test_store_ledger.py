@@ -387,3 +387,23 @@ async def test_a_try_is_counted_once_per_lease_and_forgotten_by_whoever_counted_
     await expire(stores, third)
     await stores.batches.forget_try(third, 2)
     assert (await lease(stores)).tries == {2: 1}
+
+
+async def test_one_claim_at_a_time_has_the_quarantine(stores: Stores) -> None:
+    batches = stores.batches
+    assert await batches.report_runner("a", 100.0, None) is None
+    assert await batches.report_runner("b", 100.0, None) is None
+    assert await batches.claim_quarantine("a/1", 100.0)
+    assert await batches.claim_quarantine("a/1", 100.0)
+    assert not await batches.claim_quarantine("b/1", 100.0)
+    assert await batches.num_unquiet("a", "a/1") == 1
+    assert await batches.report_runner("b", 100.0, "a/1") == "a/1"
+    assert await batches.num_unquiet("a", "a/1") == 0
+    assert await batches.num_unquiet("a", "a/2") == 1
+    await batches.leave_quarantine("b/1")
+    assert not await batches.claim_quarantine("b/1", 100.0)
+    await batches.leave_quarantine("a/1")
+    assert await batches.claim_quarantine("b/1", 100.0)
+    assert await batches.num_unquiet("b", "b/1") == 1
+    await batches.report_runner("a", 0.0, None)
+    assert await batches.num_unquiet("b", "b/1") == 0
