@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -28,7 +27,7 @@ from typing import Any, Protocol
 
 from mora_serve.client import Client, UnreachableError
 from mora_serve.errors import MoraError
-from mora_serve.jobs import JobFollower, describe_event, job_body
+from mora_serve.jobs import JobFollower, describe_event, fetch_results, job_body
 from mora_serve.report import write_report
 from mora_serve.run_summary import Collected, Json, summarise
 
@@ -108,7 +107,7 @@ class Demo:
         tuned = self._finish_training(follower)
         self._await_current(tuned)
         after = self._score_all(tuned, "after training")
-        self._fetch_adapter(follower.job)
+        fetch_results(self._client, follower.job, self._options.directory / "adapter")
         collected = Collected(
             rows=self._rows, results=results, failures=failures, batch=batch, pairs=pairs,
             job=follower.job, events=follower.events, overlapped=overlapped, base=base,
@@ -275,20 +274,6 @@ class Demo:
         for item in items:
             if item["status"] == "ok" and item["policy_version"] != model:
                 raise MoraError(f"asked for {model} but {item['policy_version']} answered")
-
-    def _fetch_adapter(self, job: Json) -> None:
-        target = self._options.directory / "adapter"
-        target.mkdir()
-        for file_id in job.get("result_files") or []:
-            name = Path(str(self._client.get(f"/v1/files/{file_id}")["filename"])).name
-            path = target / name
-            self._client.download(f"/v1/files/{file_id}/content", path)
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    archive.extractall(target)
-                path.unlink()
-        if not any(target.iterdir()):
-            raise MoraError(f"fine-tuning job {job['id']} left no result file")
 
     def _write(self, summary: Json) -> None:
         text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)

@@ -1,11 +1,14 @@
-"""Following a fine-tuning job through the REST API: its request body, state and events."""
+"""A fine-tuning job through the REST API: its request body, state, events and results."""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mora_serve.client import Client
+from mora_serve.errors import MoraError
 
 TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
 EVENTS_PER_PAGE = 100
@@ -64,6 +67,24 @@ class JobFollower:
         self._seen.update(event["id"] for event in fresh)
         self.events.extend(fresh)
         return fresh
+
+
+def fetch_results(client: Client, job: Mapping[str, Any], target: Path) -> None:
+    """Download the result files of a job into ``target`` (created), archives unpacked.
+
+    Raises :class:`MoraError` when there is none.
+    """
+    target.mkdir()
+    for file_id in job.get("result_files") or []:
+        name = Path(str(client.get(f"/v1/files/{file_id}")["filename"])).name
+        path = target / name
+        client.download(f"/v1/files/{file_id}/content", path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(target)
+            path.unlink()
+    if not any(target.iterdir()):
+        raise MoraError(f"fine-tuning job {job['id']} left no result file")
 
 
 def describe_event(event: Mapping[str, Any]) -> str:

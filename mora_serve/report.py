@@ -1,15 +1,13 @@
 """``report.html`` of a run: one self-contained page with tables and inline charts.
 
 Made from ``summary.json`` alone (:func:`mora_serve.run_summary.summarise`), so that a page can be
-made again from the file. No script, no font, no image from anywhere; readable in light and dark.
-All text from prompts and the configuration is escaped.
+made again from the file. All text from prompts and the configuration is escaped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from importlib import resources
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,10 @@ import yaml
 
 from mora_serve import svg
 from mora_serve.demo_view import verdict
+from mora_serve.page import columns, document, section, table
 from mora_serve.tables import number, prompt_text
 
 Json = Mapping[str, Any]
-STYLE = "report.css"
 OTHER_CLASSES = {"multi": 3, "uncertain": 6}
 """Series of classes that exist whatever the dimensions are; the others are muted."""
 SINGLE_SERIES = (0, 1, 2, 4, 5, 7)
@@ -34,7 +32,6 @@ def write_report(summary: Json, path: Path) -> None:
 
 def render(summary: Json) -> str:
     """The whole page as HTML."""
-    style = resources.files("mora_serve").joinpath(f"data/{STYLE}").read_text("utf-8")
     sections = [
         _headline(summary),
         _classes(summary),
@@ -47,12 +44,7 @@ def render(summary: Json) -> str:
         _caveats(summary),
         _configuration(summary),
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>mora-serve run {escape(summary['started'])}</title><style>{style}</style></head>"
-        f"<body><main>{''.join(sections)}</main></body></html>\n"
-    )
+    return document(f"mora-serve run {summary['started']}", sections)
 
 
 def class_series(name: str, dimensions: Sequence[str]) -> int:
@@ -97,14 +89,14 @@ def _classes(summary: Json) -> str:
         [kind, *(str(counts.get(name, 0)) for name in names)]
         for kind, counts in summary["classes_by_kind"].items()
     ]
-    return _section(
+    return section(
         "Classes",
         "<p>Which rewards can answers to a prompt reach? <em>single</em>: exactly one dimension, "
         "the "
         "others out of reach; <em>multi</em>: two or more; <em>flat</em>: none; "
         "<em>uncertain</em>: "
         "still undecided after the last round of rollouts.</p>",
-        _columns(svg.bar_chart(bars), _table(["kind of prompt", *names], rows)),
+        columns(svg.bar_chart(bars), table(["kind of prompt", *names], rows)),
     )
 
 
@@ -120,14 +112,14 @@ def _planes(summary: Json) -> str:
         )
         for a, b in combinations(dimensions, 2)
     ]
-    return _section(
+    return section(
         "Reward planes",
         "<p>Each mark is a prompt at its expected ceiling (z): what the best quarter of its "
         "answers "
         "reaches. Dashed: the bound that a ceiling has to pass to count as reachable. The class "
         "asks "
         "for a probability, so marks near a line may be uncertain.</p>",
-        _class_legend(summary) + _columns(*charts),
+        _class_legend(summary) + columns(*charts),
     )
 
 
@@ -158,18 +150,18 @@ def _rewriting(summary: Json) -> str:
     ]
     arrows = (
         "<p>Accepted rewrites, from the original prompt (dot) to the rewritten one (head), at the "
-        "expected ceiling.</p>" + _columns(*charts)
+        "expected ceiling.</p>" + columns(*charts)
         if accepted
         else "<p>No rewrite was accepted in this run.</p>"
     )
-    return _section(
+    return section(
         "Rewriting",
         f"<p>{rewriting['num_rewritten']} prompts had candidates "
         f"({rewriting['num_candidates']} in all); the best one of each was confirmed on fresh "
         f"rollouts. Mean confirmed gain of the accepted: "
         f"{number(rewriting['mean_gain'], signed=True)}"
         " z on the dimensions they were to open.</p>",
-        _columns(svg.bar_chart(verdicts) if verdicts else "", _table(head, rows))
+        columns(svg.bar_chart(verdicts) if verdicts else "", table(head, rows))
         + "<p class='note'>The values before come from the sample that chose the class, so before "
         "and "
         "after differ by more than the truth; the confirmed change stands on fresh rollouts of "
@@ -186,14 +178,14 @@ def _training(summary: Json) -> str:
         if values:
             series = [(name, values)]
             charts.append(svg.line_chart(series, x_title="step", y_title=name, zero=zero))
-    return _section(
+    return section(
         "Training",
         f"<p>DPO on {pairs['count']} pairs (mean margin {number(pairs['mean_margin'])} z), "
         f"{training['num_steps']} steps, {training['steps_while_batch_ran']} of them logged while "
         f"the "
         f"batch still ran. Loss {number(training['loss_first'], 4)} → "
         f"{number(training['loss_last'], 4)} (0.6931 is no preference at all).</p>",
-        _columns(*charts) if charts else "<p>The job logged no metrics.</p>",
+        columns(*charts) if charts else "<p>The job logged no metrics.</p>",
     )
 
 
@@ -214,15 +206,15 @@ def _evaluation(summary: Json) -> str:
         ]
         for name, d in items.items()
     ]  # fmt: skip
-    return _section(
+    return section(
         "Rewards before and after training",
         f"<p>The original {evaluation['num_prompts']} prompts, {evaluation['n']} fresh rollouts "
         f"each "
         "under the base and the tuned version; mean reward in z. Intervals: 95 %, bootstrap over "
         "prompts. An interval that contains 0 is within noise.</p>",
-        _columns(
+        columns(
             svg.interval_chart(intervals, x_title="change of mean reward (z)"),
-            _table(["dimension", "before", "after", "change", "se", ""], rows),
+            table(["dimension", "before", "after", "change", "se", ""], rows),
         ),
     )
 
@@ -237,7 +229,7 @@ def _accepted(summary: Json) -> str:
     if not rows:
         return ""
     head = ["original", "accepted rewrite", "meant to open", "gain"]
-    return _section("Accepted rewrites", "", _table(head, rows, wide=True))
+    return section("Accepted rewrites", "", table(head, rows, wide=True))
 
 
 def _prompts(summary: Json) -> str:
@@ -261,7 +253,7 @@ def _prompts(summary: Json) -> str:
     ]
     return (
         f"<section><details><summary>All {len(rows)} prompts</summary>"
-        f"{_table(head, rows, wide=True)}</details></section>"
+        f"{table(head, rows, wide=True)}</details></section>"
     )
 
 
@@ -282,7 +274,7 @@ def _caveats(summary: Json) -> str:
         "equal "
         "ones.",
     ]
-    return _section("Caveats", "", f"<ul>{''.join(f'<li>{escape(i)}</li>' for i in items)}</ul>")
+    return section("Caveats", "", f"<ul>{''.join(f'<li>{escape(i)}</li>' for i in items)}</ul>")
 
 
 def _configuration(summary: Json) -> str:
@@ -336,28 +328,3 @@ def _class_legend(summary: Json) -> str:
         if name not in {"unknown", "failed"}
     )
     return f"<div class='legend'>{items}</div>"
-
-
-def _section(title: str, intro: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{intro}{body}</section>"
-
-
-def _columns(*parts: str) -> str:
-    return f"<div class='columns'>{''.join(f'<div>{part}</div>' for part in parts if part)}</div>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, wide: bool = False) -> str:
-    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(
-        f"<tr>{''.join(f'<td{_align(cell)}>{escape(cell)}</td>' for cell in row)}</tr>"
-        for row in rows
-    )
-    kind = " class='wide'" if wide else ""
-    return (
-        f"<div class='scroll'><table{kind}><thead><tr>{heads}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _align(cell: str) -> str:
-    return " class='n'" if cell and cell.lstrip("+-").replace(".", "", 1).isdigit() else ""

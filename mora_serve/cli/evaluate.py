@@ -1,157 +1,127 @@
-"""``mora-serve scorers evaluate``: how well the served reward heads judge preference pairs."""
+"""``mora-serve evaluate``: policy versions against each other on held-out prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from mora_serve import tables
+from mora_serve.calibration import Calibrator
 from mora_serve.cli.common import (
     DEFAULT_URL,
     JsonOption,
     KeyOption,
     UrlOption,
     client_for,
+    err,
     out,
-    progress_bar,
+    read_prompts,
+    say,
     say_json,
 )
+from mora_serve.config import PROFILES, load_settings
+from mora_serve.demo_view import ConsoleView
+from mora_serve.divergence import DivergenceSettings
 from mora_serve.errors import MoraError
-from mora_serve.preference_pairs import read_pairs, score_pairs
-from mora_serve.reward_eval import RewardEval, ScoredPair, Share, evaluate
-from mora_serve.types import Dimension
+from mora_serve.evaluation_run import EvaluationOptions, run_evaluation
+from mora_serve.evaluation_tables import evaluation_tables
+from mora_serve.processes import StopSignals
+from mora_serve.stack import run_child
+from mora_serve.version_sampling import SamplingPlan
 
 
-def evaluate_pairs(
+def evaluate(
     *,
-    pairs: Annotated[
-        Path,
-        typer.Option(help="Pairs with prompt, chosen, rejected: JSONL, JSON, CSV (.gz), Parquet."),
+    policy: Annotated[
+        list[str], typer.Option(help="A version; repeat it. The first is compared with.")
     ],
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pairs.")] = None,
+    prompts: Annotated[Path, typer.Option(help="Held-out prompts: JSONL with prompt, or text.")],
+    split: Annotated[
+        str | None, typer.Option(help="Only rows whose field split is this one.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, max=256, help="Answers per prompt.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of intervals.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="Default: the server's.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Default: the server's.")] = None,
+    calibrator: Annotated[
+        Path | None, typer.Option(help="The server's calibrator, for percents.")
+    ] = None,
+    activate: Annotated[
+        bool, typer.Option(help="Make versions current in turn where the engine holds only one.")
+    ] = False,
+    reference: Annotated[
+        str | None, typer.Option(help="Version that KL refers to; default: the first.")
+    ] = None,
+    base_model: Annotated[
+        Path | None, typer.Option(help="Directory of the base model: measures KL on this machine.")
+    ] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="What the server opens prompts with; default: a profile's.")
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--out", help="Directory to make; default runs/evaluation-<time>")
+    ] = None,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score preference pairs on a running server: accuracy, length bias, agreement of heads."""
-    wanted = read_pairs(pairs)[:limit]
-    with progress_bar() as progress:
-        task = progress.add_task("scoring answers", total=None)
-        scored = score_pairs(
-            client_for(url, api_key), wanted, lambda done: progress.advance(task, done)
-        )
-    scorers = served(scored)
-    result = evaluate(scored, list(scorers))
-    if as_json:
-        say_json(_json(result, scorers, pairs))
-        return
-    for table in (_accuracy(result), _length(result), _agreement(result), *_details(result)):
-        out.print(table)
+    """Compare versions: rewards, wins, ceilings, lengths, classes, KL; evaluation.json and a page.
 
-
-def served(pairs: list[ScoredPair]) -> dict[Dimension, dict[str, str]]:
-    """Model and revision by dimension, as the scores name them.
-
-    Raises :class:`MoraError` when a scorer was replaced while it was evaluated.
+    All versions answer the same prompts with the same seeds.
     """
-    found: dict[Dimension, dict[str, str]] = {}
-    for pair in pairs:
-        for answer in (pair.chosen, pair.rejected):
-            for name, score in answer.scores.items():
-                scorer = {"model": score.model, "revision": score.revision}
-                if found.setdefault(name, scorer) != scorer:
-                    raise MoraError(
-                        f"the server must score all pairs on {name} by one revision, got "
-                        f"{found[name]['revision']} and {score.revision}; evaluate again"
-                    )
-    return found
+    rows = [row for row in read_prompts(prompts) if split is None or row.get("split") == split]
+    if not rows:
+        raise MoraError(f"--prompts must hold at least one row of split {split}, got none")
+    options = EvaluationOptions(
+        policies=policy,
+        prompts=[row["prompt"] for row in rows[:limit]],
+        plan=SamplingPlan(n, seed, temperature, _top_p(base_model), max_tokens),
+        calibrator=None if calibrator is None else Calibrator.load(calibrator),
+        activate=activate,
+        reference=reference,
+        divergence=_divergence(base_model, temperature, system_prompt),
+    )
+    made = directory or Path("runs") / f"evaluation-{datetime.now():%Y-%m-%dT%H-%M-%S}"
+    made.mkdir(parents=True, exist_ok=True)
+    with StopSignals() as signals, signals.raising(), ConsoleView(err) as view:
+        found = run_evaluation(
+            client_for(url, api_key),
+            options,
+            made,
+            view,
+            lambda command: run_child(command, signals, "measuring KL"),
+        )
+    if as_json:
+        say_json(found)
+        return
+    for table in evaluation_tables(found):
+        out.print(table)
+    for item in found["comparisons"]:
+        said = ", ".join(f"{name} {change['verdict']}" for name, change in item["changes"].items())
+        say(f"{item['name']} against {item['first']}: {said}")
+    say(f"report {made / 'report.html'}")
 
 
-def _json(result: RewardEval, scorers: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    return {
-        "object": "reward_evaluation",
-        "pairs": path.name,
-        "num_pairs": result.num_pairs,
-        "num_prompts": result.num_prompts,
-        "dimensions": {k: {**scorers[k], **asdict(v)} for k, v in result.dimensions.items()},
-        "agreements": [
-            {"dimensions": list(names), **asdict(item)} for names, item in result.agreements.items()
-        ],
-    }
+def _top_p(base_model: Path | None) -> float | None:
+    """KL needs the whole distribution; otherwise the server's nucleus holds."""
+    return None if base_model is None else 1.0
 
 
-def _accuracy(result: RewardEval) -> Table:
-    made = tables.table(
-        f"Accuracy on {result.num_pairs} pairs, {result.num_prompts} prompts",
-        "dimension", "accuracy", "longer wins", "similar length", "margin z", "pairs", "ties",
-        "invalid", right=range(1, 8),
-    )  # fmt: skip
-    for name, item in result.dimensions.items():
-        tables.add_row(
-            made, name, share(item.accuracy), share(item.longer_wins), share(item.similar_length),
-            tables.number(item.mean_margin, signed=True), str(item.accuracy.num_pairs),
-            str(item.num_ties), str(sum(item.invalid.values())),
-        )  # fmt: skip
-    made.caption = "95 % intervals clustered by prompt; similar: lengths within a ratio of 1.25"
-    return made
-
-
-def _length(result: RewardEval) -> Table:
-    made = tables.table(
-        "Length", "dimension", "prefers longer", "r(score, log length)", "within prompts",
-        right=range(1, 4),
-    )  # fmt: skip
-    for name, item in result.dimensions.items():
-        tables.add_row(
-            made, name, share(item.prefers_longer),
-            tables.number(item.length_correlation, signed=True),
-            tables.number(item.length_correlation_within, signed=True),
-        )  # fmt: skip
-    return made
-
-
-def _agreement(result: RewardEval) -> Table:
-    made = tables.table(
-        "Agreement", "dimensions", "same preference", "pairs", "r(margins)", "r within prompts",
-        right=range(1, 5),
-    )  # fmt: skip
-    for names, item in result.agreements.items():
-        tables.add_row(
-            made, " / ".join(names), percent(item.agreement), str(item.num_pairs),
-            tables.number(item.margin_correlation, signed=True),
-            tables.number(item.within_prompt, signed=True),
-        )  # fmt: skip
-    return made
-
-
-def _details(result: RewardEval) -> list[Table]:
-    """Accuracy by subset where there are several, and why pairs were left out."""
-    found = []
-    for name, item in result.dimensions.items():
-        if len(item.subsets) > 1:
-            made = tables.table(
-                f"{name} by subset", "subset", "accuracy", "longer wins", "pairs", right=range(1, 4)
-            )
-            for subset, figures in item.subsets.items():
-                shares = (share(figures.accuracy), share(figures.longer_wins))
-                tables.add_row(made, subset, *shares, str(figures.accuracy.num_pairs))
-            found.append(made)
-        if item.invalid:
-            found.append(tables.counts_table(f"{name}: pairs without a valid score", item.invalid))
-    return found
-
-
-def share(item: Share) -> str:
-    """A share with its interval in percent, for example ``70.2 [65, 75]``."""
-    if item.value is None or item.low is None or item.high is None:
-        return tables.MISSING
-    return f"{100 * item.value:.1f} [{100 * item.low:.0f}, {100 * item.high:.0f}]"
-
-
-def percent(value: float | None) -> str:
-    return tables.MISSING if value is None else f"{100 * value:.1f}"
+def _divergence(
+    base_model: Path | None, temperature: float | None, system_prompt: str | None
+) -> DivergenceSettings | None:
+    if base_model is None:
+        return None
+    if not (base_model / "config.json").is_file():
+        raise MoraError(f"--base-model must be a model directory, got {base_model}")
+    if not temperature:
+        raise MoraError(
+            f"--temperature must be given above 0 with --base-model, got {temperature}: KL is that "
+            "of the distributions that were sampled"
+        )
+    known = [load_settings(name, environ={}).policy.system_prompt for name in PROFILES]
+    candidates = (system_prompt,) if system_prompt is not None else (None, *dict.fromkeys(known))
+    return DivergenceSettings(base_model, temperature, tuple(dict.fromkeys(candidates)))

@@ -10,7 +10,7 @@ import typer
 
 from mora_serve.cli.calibrate import calibrate
 from mora_serve.cli.drift import drift
-from mora_serve.cli.evaluate import evaluate_pairs
+from mora_serve.cli.evaluate_scorers import evaluate_pairs
 from mora_serve.cli.presets import presets
 from mora_serve.cli.verify import verify
 from mora_serve.errors import MoraError

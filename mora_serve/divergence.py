@@ -1,0 +1,146 @@
+"""KL of policy versions to a reference, from the log-probabilities of their sampled answers.
+
+The REST API gives texts, not log-probabilities, so both versions read the answers again in an
+offline pass (``python -m trainer.kl``, which states the estimators) on the caller's machine: it
+needs the base model's directory, and fetches adapters and weights from the jobs that made them.
+Reported is Schulman's k3 at the temperature of the sampling, per token and per answer, with a
+bootstrap over prompts; k1 beside it, as a check. The trained weights are compared in float32: what
+an engine adds by rounding merged weights is not in the figure.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mora_serve.client import Client
+from mora_serve.errors import MoraError
+from mora_serve.evaluation import Bootstrap, Estimate
+from mora_serve.identity import content_hash
+from mora_serve.jobs import fetch_results
+
+Json = dict[str, Any]
+BASE = "base"
+"""What ``trainer.kl`` calls the base model."""
+RunCommand = Callable[[list[str]], None]
+"""Runs a command of ours to its end; raises :class:`MoraError` when it fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """``KL(version || reference)`` in nats, on the version's own answers."""
+
+    reference: str
+    per_token: Estimate
+    per_answer: Estimate
+    per_answer_k1: Estimate
+    num_answers: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DivergenceSettings:
+    """What the measurement needs beside the answers."""
+
+    base_model: Path
+    """Directory of the base model."""
+    temperature: float
+    """Of the sampling."""
+    system_prompts: tuple[str | None, ...]
+    """What may open a conversation at the server; the prompts' ids tell which one does."""
+
+
+class DivergenceMeter:
+    """Measures versions of one server against ``reference``; files are kept in ``scratch``."""
+
+    def __init__(
+        self,
+        client: Client,
+        settings: DivergenceSettings,
+        reference: str,
+        scratch: Path,
+        run_command: RunCommand,
+    ) -> None:
+        self._client = client
+        self._settings = settings
+        self.reference = reference
+        """Version that the others diverge from."""
+        self._scratch = scratch
+        self._run_command = run_command
+        self._directories: dict[str, str] = {}
+
+    def measure(
+        self, version: str, prompts: Sequence[Any], diagnostics: Sequence[Json], seed: int
+    ) -> Divergence:
+        """Divergence of the answers in ``diagnostics`` to ``prompts``, drawn from ``version``."""
+        rows = [
+            (item["index"], {"prompt": self._conversation(prompt, item), "answer": roll["text"]})
+            for prompt, item in zip(prompts, diagnostics, strict=True)
+            for roll in item["rollouts"] or []
+        ]
+        answers, out = self._scratch / "kl-answers.jsonl", self._scratch / "kl.jsonl"
+        lines = [json.dumps(row, ensure_ascii=False) for _, row in rows]
+        answers.write_text("\n".join(lines) + "\n", "utf-8")
+        settings = self._settings
+        self._run_command(
+            [
+                sys.executable, "-m", "trainer.kl", "--base", str(settings.base_model),
+                "--policy", self._directory(version),
+                "--reference", self._directory(self.reference),
+                "--temperature", str(settings.temperature),
+                "--answers", str(answers), "--out", str(out),
+            ]
+        )  # fmt: skip
+        found = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+        places = [index for index, _ in rows]
+        return estimate(self.reference, places, found, Bootstrap(seed))
+
+    def _directory(self, version: str) -> str:
+        """Where a version's weights are: fetched from its job; without a job it is the base."""
+        if version not in self._directories:
+            jobs = self._client.pages("/v1/fine_tuning/jobs", limit=100)
+            job = next((item for item in jobs if item["fine_tuned_model"] == version), None)
+            if job is None:
+                self._directories[version] = BASE
+            else:
+                target = self._scratch / f"weights-{len(self._directories)}"
+                fetch_results(self._client, job, target)
+                self._directories[version] = str(target)
+        return self._directories[version]
+
+    def _conversation(self, prompt: Any, item: Json) -> list[Json]:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        for system in self._settings.system_prompts:
+            opened = turns
+            if system is not None and turns[0]["role"] != "system":
+                opened = [{"role": "system", "content": system}, *turns]
+            if content_hash([[t["role"], t["content"]] for t in opened]) == item["prompt_id"]:
+                return opened
+        raise MoraError(
+            "--system-prompt must be what the server puts before prompts, got one whose prompts "
+            "have other ids than the server's"
+        )
+
+
+def estimate(
+    reference: str, places: Sequence[int], found: Sequence[Mapping[str, float]], boot: Bootstrap
+) -> Divergence:
+    """Figures from ``trainer.kl``'s rows; ``places`` are the prompts that they belong to."""
+    sums: dict[int, list[float]] = {}
+    for place, row in zip(places, found, strict=True):
+        columns = sums.setdefault(place, [0.0] * 4)
+        for index, value in enumerate((row["k3"], row["k1"], row["num_tokens"], 1.0)):
+            columns[index] += value
+    data = list(sums.values())
+    return Divergence(
+        reference=reference,
+        per_token=boot.estimate(data, lambda sums: sums[:, 0] / sums[:, 2]),
+        per_answer=boot.estimate(data, lambda sums: sums[:, 0] / sums[:, 3]),
+        per_answer_k1=boot.estimate(data, lambda sums: sums[:, 1] / sums[:, 3]),
+        num_answers=len(found),
+        num_tokens=sum(int(row["num_tokens"]) for row in found),
+    )

@@ -1,0 +1,179 @@
+"""``mora-serve evaluate`` against a service on fakes: figures, files, page, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from mora_serve.calibrators import fake_calibrator
+from mora_serve.cli.app import app
+from mora_serve.client import Client
+from mora_serve.divergence import DivergenceMeter, DivergenceSettings
+from mora_serve.errors import MoraError
+from mora_serve.evaluation import NO_DIFFERENCE
+from mora_serve.evaluation_page import render
+from mora_serve.evaluation_run import distinct
+from mora_serve.version_sampling import SamplingPlan, Served, draw, sample_of
+from tests.fake_service import FakeService, fake_service
+
+PROMPTS = [f"What do people say about topic {number}?" for number in range(20)]
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[FakeService]:
+    with fake_service() as running:
+        running.publish("policy-1")
+        yield running
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "held-out.jsonl"
+    rows = [{"prompt": text, "split": "test"} for text in PROMPTS]
+    rows.append({"prompt": "trained on", "split": "train"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def evaluate(service: FakeService, prompts: Path, out: Path, *more: str) -> Any:
+    arguments = ["evaluate", "--url", service.url, "--prompts", str(prompts), "--out", str(out)]
+    return CliRunner().invoke(app, [*arguments, "-n", "4", *more], catch_exceptions=False)
+
+
+def test_the_same_version_twice_does_not_differ(
+    service: FakeService, prompts: Path, tmp_path: Path
+) -> None:
+    base = service.settings.policy.model
+    done = evaluate(service, prompts, tmp_path / "out", "--policy", base, "--policy", base)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    (comparison,) = found["comparisons"]
+    assert comparison["name"] == f"{base} (2)"
+    for change in comparison["changes"].values():
+        assert change["verdict"] == NO_DIFFERENCE
+        assert change["change"]["value"] == 0
+    assert f"{base} (2) against {base}: helpful no difference, harmless no" in done.stdout
+
+
+def test_figures_files_and_page_of_two_versions(
+    service: FakeService, prompts: Path, tmp_path: Path
+) -> None:
+    base = service.settings.policy.model
+    arguments = ("--policy", base, "--policy", "policy-1", "--split", "test", "--json")
+    done = evaluate(service, prompts, tmp_path, *arguments)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert json.loads(done.stdout) == found
+    assert found["num_prompts"] == len(PROMPTS)
+    assert found["calibrator"] == fake_calibrator(service.settings.dimensions).version
+    assert found["versions_kl"] == [None, None]
+    for version in found["versions"]:
+        assert version["num_answers"] == 4 * len(PROMPTS)
+        assert sum(version["classes"].values()) == len(PROMPTS)
+    for change in found["comparisons"][0]["changes"].values():
+        assert change["percent"]["value"] is not None
+        assert change["change"]["low"] <= change["change"]["value"] <= change["change"]["high"]
+    answers = [json.loads(line) for line in (tmp_path / "answers-1.jsonl").open()]
+    assert {item["policy_version"] for item in answers} == {"policy-1"}
+    page = (tmp_path / "report.html").read_text()
+    assert page == render(found)
+    assert page.count("<svg") >= 8
+    assert "policy-1 against" in page
+
+
+def test_unknown_versions_and_empty_splits_are_refused(
+    service: FakeService, prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MoraError, match="--activate"):
+        evaluate(service, prompts, tmp_path, "--policy", "policy-9")
+    with pytest.raises(MoraError, match="split validation"):
+        evaluate(service, prompts, tmp_path, "--policy", "policy-1", "--split", "validation")
+    with pytest.raises(MoraError, match="--base-model"):
+        evaluate(service, prompts, tmp_path, "--policy", "x", "--base-model", str(tmp_path))
+
+
+def test_an_engine_with_one_set_of_weights_serves_each_version_in_turn_and_is_put_back(
+    prompts: Path, tmp_path: Path
+) -> None:
+    with fake_service(one_version=True) as service:
+        service.publish("policy-1", make_current=True)
+        base = service.settings.policy.model
+        arguments = ("--policy", base, "--policy", "policy-1")
+        with pytest.raises(MoraError, match="one set of weights"):
+            evaluate(service, prompts, tmp_path / "a", *arguments)
+        done = evaluate(service, prompts, tmp_path / "b", *arguments, "--activate")
+        assert done.exit_code == 0, done.output
+        assert service.current() == "policy-1"
+    for place, version in enumerate((base, "policy-1")):
+        rows = [json.loads(line) for line in (tmp_path / "b" / f"answers-{place}.jsonl").open()]
+        assert {row["policy_version"] for row in rows} == {version}
+
+
+def test_a_version_is_put_back_after_an_error(service: FakeService) -> None:
+    before = Client(service.url).get("/v1/models")["data"][0]["id"]
+
+    def broken() -> None:
+        with Served(Client(service.url), activate=True) as served:
+            served.require("policy-1")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        broken()
+    assert Client(service.url).get("/v1/models")["data"][0]["id"] == before
+
+
+def test_versions_get_the_same_seeds_whatever_is_asked_in_one_request(service: FakeService) -> None:
+    plan = SamplingPlan(n=2, seed=5)
+    many = [f"prompt {number}" for number in range(70)]
+    client, base = Client(service.url), service.settings.policy.model
+    once, again = (draw(client, base, many, plan) for _ in range(2))
+    assert [item["index"] for item in once] == list(range(70))
+    assert [item["rollouts"] for item in once] == [item["rollouts"] for item in again]
+
+
+def test_a_foreign_calibrator_gives_no_percents(service: FakeService) -> None:
+    client, base = Client(service.url), service.settings.policy.model
+    drawn = draw(client, base, PROMPTS[:2], SamplingPlan(n=2))
+    drawn[0]["rollouts"][0]["scores"]["helpful"]["value"] += 1.0
+    with pytest.raises(MoraError, match="--calibrator must be the one"):
+        sample_of(base, drawn, fake_calibrator(service.settings.dimensions))
+
+
+def test_a_version_evaluated_twice_has_two_names() -> None:
+    assert distinct(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
+
+
+def test_kl_reads_the_answers_again_in_the_conversation_that_the_server_sampled(
+    service: FakeService, tmp_path: Path
+) -> None:
+    commands: list[list[str]] = []
+
+    def run_command(command: list[str]) -> None:
+        commands.append(command)
+        rows = Path(command[command.index("--answers") + 1]).read_text().splitlines()
+        lines = [json.dumps({"num_tokens": 4, "k1": 0.5, "k3": 1.0}) for _ in rows]
+        Path(command[command.index("--out") + 1]).write_text("\n".join(lines) + "\n")
+
+    client, base = Client(service.url), service.settings.policy.model
+    drawn = draw(client, "policy-1", PROMPTS[:3], SamplingPlan(n=2))
+    settings = DivergenceSettings(tmp_path, 0.7, ("Be brief.", None))
+    meter = DivergenceMeter(client, settings, base, tmp_path, run_command)
+    found = meter.measure("policy-1", PROMPTS[:3], drawn, seed=1)
+    assert (found.num_answers, found.num_tokens, found.reference) == (6, 24, base)
+    assert found.per_token.value == pytest.approx(0.25)
+    assert found.per_answer.value == pytest.approx(1.0)
+    assert found.per_answer_k1.value == pytest.approx(0.5)
+    assert commands[0][commands[0].index("--temperature") + 1] == "0.7"
+    first = json.loads((tmp_path / "kl-answers.jsonl").read_text().splitlines()[0])
+    assert first["prompt"] == [{"role": "user", "content": PROMPTS[0]}]
+
+    wrong = DivergenceSettings(tmp_path, 0.7, ("Be brief.",))
+    with pytest.raises(MoraError, match="--system-prompt"):
+        DivergenceMeter(client, wrong, base, tmp_path, run_command).measure(
+            "policy-1", PROMPTS[:3], drawn, seed=1
+        )
