@@ -211,6 +211,8 @@ class DiagnosticOut(Wire):
     share_cut: float | None
     warnings: list[str]
     policy_version: str | None
+    prompt: list[Turn] | None
+    """The conversation that was sampled; null without ``include_rollouts``."""
     rollouts: list[RolloutOut] | None
 
 

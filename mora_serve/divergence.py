@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from mora_serve.client import Client
-from mora_serve.errors import MoraError
 from mora_serve.evaluation import Bootstrap, Estimate
-from mora_serve.identity import content_hash
 from mora_serve.jobs import fetch_results
 
 Json = dict[str, Any]
 BASE = "base"
 """What ``trainer.kl`` calls the base model."""
 RunCommand = Callable[[list[str]], None]
-"""Runs a command of ours to its end; raises :class:`MoraError` when it fails."""
+"""Runs a command of ours to its end; raises :class:`~mora_serve.errors.MoraError` when it fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +48,6 @@ class DivergenceSettings:
     """Directory of the base model."""
     temperature: float
     """Of the sampling."""
-    system_prompts: tuple[str | None, ...]
-    """What may open a conversation at the server; the prompts' ids tell which one does."""
 
 
 class DivergenceMeter:
@@ -73,14 +69,12 @@ class DivergenceMeter:
         self._run_command = run_command
         self._directories: dict[str, str] = {}
 
-    def measure(
-        self, version: str, prompts: Sequence[Any], diagnostics: Sequence[Json], seed: int
-    ) -> Divergence:
-        """Divergence of the answers in ``diagnostics`` to ``prompts``, drawn from ``version``."""
+    def measure(self, version: str, diagnostics: Sequence[Json], seed: int) -> Divergence:
+        """Divergence of the answers in ``diagnostics``, which were drawn from ``version``."""
         rows = [
-            (item["index"], {"prompt": self._conversation(prompt, item), "answer": roll["text"]})
-            for prompt, item in zip(prompts, diagnostics, strict=True)
-            for roll in item["rollouts"] or []
+            (item["index"], {"prompt": item["prompt"], "answer": rollout["text"]})
+            for item in diagnostics
+            for rollout in item["rollouts"] or []
         ]
         answers, out = self._scratch / "kl-answers.jsonl", self._scratch / "kl.jsonl"
         lines = [json.dumps(row, ensure_ascii=False) for _, row in rows]
@@ -111,19 +105,6 @@ class DivergenceMeter:
                 fetch_results(self._client, job, target)
                 self._directories[version] = str(target)
         return self._directories[version]
-
-    def _conversation(self, prompt: Any, item: Json) -> list[Json]:
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        for system in self._settings.system_prompts:
-            opened = turns
-            if system is not None and turns[0]["role"] != "system":
-                opened = [{"role": "system", "content": system}, *turns]
-            if content_hash([[t["role"], t["content"]] for t in opened]) == item["prompt_id"]:
-                return opened
-        raise MoraError(
-            "--system-prompt must be what the server puts before prompts, got one whose prompts "
-            "have other ids than the server's"
-        )
 
 
 def estimate(

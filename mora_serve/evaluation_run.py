@@ -190,6 +190,6 @@ def _divergences(
             found.append(None)
             continue
         view.step(f"Log-probabilities of the answers of {version}, its own and {meter.reference}'s")
-        measured = meter.measure(version, options.prompts, diagnostics, options.plan.seed)
+        measured = meter.measure(version, diagnostics, options.plan.seed)
         found.append(asdict(measured))
     return found

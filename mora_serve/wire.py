@@ -115,7 +115,9 @@ def diagnostic_json(
     include_rollouts: bool,
     error: JSON | None = None,
 ) -> JSON:
-    """One element of ``/v1/diagnostics``; ``rollouts`` is null unless asked for.
+    """One element of ``/v1/diagnostics``; ``prompt`` and ``rollouts`` are null unless asked for.
+
+    ``prompt`` is the conversation that was sampled, the configured system turn included.
 
     A group of given answers has the empty policy version; what only sampling knows is then null.
     """
@@ -123,8 +125,9 @@ def diagnostic_json(
         error = failure_json(diagnostic.error)
     group = diagnostic.group
     sampled = bool(diagnostic.policy_version)
-    rollouts = None
+    prompt = rollouts = None
     if include_rollouts and group is not None:
+        prompt = messages_list(group.prompt)
         rollouts = [rollout_json(item, sampled=sampled) for item in group.rollouts]
     return {
         "object": "diagnostic",
@@ -145,6 +148,7 @@ def diagnostic_json(
         "share_cut": finite(diagnostic.share_cut) if sampled else None,
         "warnings": list(diagnostic.warnings),
         "policy_version": diagnostic.policy_version or None,
+        "prompt": prompt,
         "rollouts": rollouts,
     }
 

@@ -10,6 +10,7 @@ from mora_serve import __version__
 from mora_serve.cli import config, models, requests, scorers, train, up
 from mora_serve.cli.demo import demo
 from mora_serve.cli.evaluate import evaluate
+from mora_serve.cli.export import export
 
 app = typer.Typer(
     name="mora-serve",
@@ -42,6 +43,7 @@ app.command("diagnose")(requests.diagnose)
 app.command("rewrite")(requests.rewrite)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate)
+app.command("export")(export)
 app.command("config")(config.config)
 app.add_typer(models.app, name="models", help="Model directories of this machine.")
 app.add_typer(scorers.app, name="scorers", help="Reward heads and their calibration.")

@@ -21,7 +21,6 @@ from mora_serve.cli.common import (
     say,
     say_json,
 )
-from mora_serve.config import PROFILES, load_settings
 from mora_serve.demo_view import ConsoleView
 from mora_serve.divergence import DivergenceSettings
 from mora_serve.errors import MoraError
@@ -58,9 +57,6 @@ def evaluate(
     base_model: Annotated[
         Path | None, typer.Option(help="Directory of the base model: measures KL on this machine.")
     ] = None,
-    system_prompt: Annotated[
-        str | None, typer.Option(help="What the server opens prompts with; default: a profile's.")
-    ] = None,
     directory: Annotated[
         Path | None, typer.Option("--out", help="Directory to make; default runs/evaluation-<time>")
     ] = None,
@@ -82,7 +78,7 @@ def evaluate(
         calibrator=None if calibrator is None else Calibrator.load(calibrator),
         activate=activate,
         reference=reference,
-        divergence=_divergence(base_model, temperature, system_prompt),
+        divergence=_divergence(base_model, temperature),
     )
     made = directory or Path("runs") / f"evaluation-{datetime.now():%Y-%m-%dT%H-%M-%S}"
     made.mkdir(parents=True, exist_ok=True)
@@ -110,9 +106,7 @@ def _top_p(base_model: Path | None) -> float | None:
     return None if base_model is None else 1.0
 
 
-def _divergence(
-    base_model: Path | None, temperature: float | None, system_prompt: str | None
-) -> DivergenceSettings | None:
+def _divergence(base_model: Path | None, temperature: float | None) -> DivergenceSettings | None:
     if base_model is None:
         return None
     if not (base_model / "config.json").is_file():
@@ -122,6 +116,4 @@ def _divergence(
             f"--temperature must be given above 0 with --base-model, got {temperature}: KL is that "
             "of the distributions that were sampled"
         )
-    known = [load_settings(name, environ={}).policy.system_prompt for name in PROFILES]
-    candidates = (system_prompt,) if system_prompt is not None else (None, *dict.fromkeys(known))
-    return DivergenceSettings(base_model, temperature, tuple(dict.fromkeys(candidates)))
+    return DivergenceSettings(base_model, temperature)

@@ -32,6 +32,7 @@ def test_a_diagnostic_has_the_fields_of_the_contract() -> None:
         "state",
     } <= set(item["dimensions"]["a"])  # fmt: skip
     assert item["dimensions"]["b"]["n_valid"] == 4
+    assert item["prompt"] == wire.messages_list(GROUP.prompt)
     rollout = item["rollouts"][1]
     assert set(rollout) == {"index", "text", "finish_reason", "num_tokens", "scores"}
     assert rollout["scores"]["b"] == {

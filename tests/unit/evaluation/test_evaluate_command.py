@@ -149,7 +149,7 @@ def test_a_version_evaluated_twice_has_two_names() -> None:
 
 
 def test_kl_reads_the_answers_again_in_the_conversation_that_the_server_sampled(
-    service: FakeService, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     commands: list[list[str]] = []
 
@@ -159,21 +159,19 @@ def test_kl_reads_the_answers_again_in_the_conversation_that_the_server_sampled(
         lines = [json.dumps({"num_tokens": 4, "k1": 0.5, "k3": 1.0}) for _ in rows]
         Path(command[command.index("--out") + 1]).write_text("\n".join(lines) + "\n")
 
-    client, base = Client(service.url), service.settings.policy.model
-    drawn = draw(client, "policy-1", PROMPTS[:3], SamplingPlan(n=2))
-    settings = DivergenceSettings(tmp_path, 0.7, ("Be brief.", None))
-    meter = DivergenceMeter(client, settings, base, tmp_path, run_command)
-    found = meter.measure("policy-1", PROMPTS[:3], drawn, seed=1)
+    with fake_service(policy={"system_prompt": "Be brief."}) as service:
+        service.publish("policy-1")
+        client, base = Client(service.url), service.settings.policy.model
+        drawn = draw(client, "policy-1", PROMPTS[:3], SamplingPlan(n=2))
+        settings = DivergenceSettings(tmp_path, 0.7)
+        meter = DivergenceMeter(client, settings, base, tmp_path, run_command)
+        found = meter.measure("policy-1", drawn, seed=1)
     assert (found.num_answers, found.num_tokens, found.reference) == (6, 24, base)
     assert found.per_token.value == pytest.approx(0.25)
     assert found.per_answer.value == pytest.approx(1.0)
     assert found.per_answer_k1.value == pytest.approx(0.5)
     assert commands[0][commands[0].index("--temperature") + 1] == "0.7"
     first = json.loads((tmp_path / "kl-answers.jsonl").read_text().splitlines()[0])
-    assert first["prompt"] == [{"role": "user", "content": PROMPTS[0]}]
-
-    wrong = DivergenceSettings(tmp_path, 0.7, ("Be brief.",))
-    with pytest.raises(MoraError, match="--system-prompt"):
-        DivergenceMeter(client, wrong, base, tmp_path, run_command).measure(
-            "policy-1", PROMPTS[:3], drawn, seed=1
-        )
+    assert first["prompt"] == [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPTS[0]}
+    ]  # fmt: skip
