@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -78,7 +79,7 @@ def run(
     ``body`` is what every row asks for besides its prompt.
     """
     data_dir = Path(tempfile.mkdtemp(prefix="mora-chaos-"))
-    print(f"data directory {data_dir}", flush=True)
+    print(f"data directory {data_dir}, kept when something is wrong", flush=True)
     with running(settings, data_dir=data_dir) as up:
         started = time.monotonic()
         with submitted(up.url, num_rows, body) as batch:
@@ -90,7 +91,9 @@ def run(
             left = batch.leavings()
             findings = audit(custom_ids(num_rows), left)
             connections = batch.follower.num_connections
-            return Outcome(wall_s, killed, findings, len(left.pairs), connections)
+    if not findings.problems:
+        shutil.rmtree(data_dir, ignore_errors=True)
+    return Outcome(wall_s, killed, findings, len(left.pairs), connections)
 
 
 def report(outcome: Outcome, planned: Sequence[kills.Planned], num_rows: int) -> list[str]:

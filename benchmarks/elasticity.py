@@ -10,6 +10,7 @@ backlog over time.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 import threading
@@ -146,7 +147,11 @@ def run(num_rows: int, delay_ms: float) -> list[str]:
         if not watch.wait_for_none():
             problems.append("pools must go back to no replica when the batch is done")
         watch.finish()
-    return [*problems, *check(watch.looks, killed_s)]
+    problems += check(watch.looks, killed_s)
+    if problems:
+        return [*problems, f"logs are in {data_dir}"]
+    shutil.rmtree(data_dir, ignore_errors=True)
+    return []
 
 
 def run_batch(up: Up, watch: Watch, num_rows: int) -> tuple[float, list[str]]:
