@@ -52,6 +52,10 @@ bench-scorers: setup  ## Scorers: engines, precisions, batch policies, fused and
 bench-batch: setup  ## Batches: rows a second, memory, and where the time goes, at 1k, 10k and 100k rows
 	$(PY) -m benchmarks.batch $(BENCH_ARGS)
 
+.PHONY: bench-train
+bench-train: setup  ## DPO steps on a live pair stream against the same pairs from memory
+	$(PY) -m benchmarks.train $(BENCH_ARGS)
+
 .PHONY: retest
 retest: setup  ## Do classes repeat on fresh rollouts? Agreement, with the embedded policy
 	$(PY) -m benchmarks.retest $(BENCH_ARGS)
