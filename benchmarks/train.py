@@ -1,8 +1,9 @@
 """``python -m benchmarks.train``: what does a live pair stream cost a DPO step?
 
-One process trains the tiny model again and again, in turn on pairs from memory and on the same pairs
-from a batch's stream in a real Redis, into which another process commits them through the ledger
-while they are read, a few steps ahead of the trainer. Each round has both, in alternating order.
+One process trains the tiny model again and again, in turn on pairs from memory and on the same
+pairs from a batch's stream in a real Redis, into which another process commits them through the
+ledger while they are read, a few steps ahead of the trainer. Each round has both, in alternating
+order.
 Printed: the median over rounds of the ratio of median step times (stream over memory) with its
 95 % bootstrap interval over rounds, and the time spent waiting for data.
 

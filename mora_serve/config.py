@@ -139,6 +139,9 @@ class MethodSettings(Section):
     rewrite_flat: bool = False
     n_confirm: int = Field(default=16, ge=4)
     """Fresh rollouts of the candidate and of the original on which acceptance is decided."""
+    acceptance: Literal["confirmed", "all"] = "confirmed"
+    """``all`` accepts the first candidate unmeasured, for experiments that ask what measuring is
+    worth."""
     min_gain: float = 0.0
     max_ceiling_drop: float = Field(default=0.5, ge=0.0)
     confidence: Probability = 0.9

@@ -80,6 +80,7 @@ class Planner:
             strategies=tuple(request.strategies or method.strategies),
             mode=default(request.mode, method.mode),
             n_confirm=default(request.n_confirm, method.n_confirm),
+            is_measured=default(request.acceptance, method.acceptance) == "confirmed",
             include_rollouts=default(request.include_rollouts, include_rollouts),
         )
 

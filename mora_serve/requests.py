@@ -161,11 +161,14 @@ class RewriteRequest(SamplingBody):
     """``POST /v1/rewrites``."""
 
     prompt: PromptBody
-    candidates: int | None = Field(None, ge=1, le=MAX_CANDIDATES)
+    candidates: int | None = Field(None, ge=0, le=MAX_CANDIDATES)
+    """Rewrites to propose; 0 diagnoses and pairs the prompt as it is."""
     strategies: list[Literal["compose", "llm", "null"]] | None = Field(None, min_length=1)
     mode: Literal["simultaneous", "sequential"] | None = None
     n_confirm: int | None = Field(None, ge=4, le=MAX_N)
     """Fresh rollouts of candidate and original on which acceptance is decided."""
+    acceptance: Literal["confirmed", "all"] | None = None
+    """``all`` takes the first candidate unmeasured: what experiments compare with."""
 
 
 MoraRequest = DiagnosticsRequest | ScoresRequest | RewriteRequest

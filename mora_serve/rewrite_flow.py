@@ -7,6 +7,7 @@
     pairs <-- accepted, or the original <-- decide <-- fresh rollouts of that candidate and original
 
 The class decides whether anything is proposed; acceptance is decided on the fresh rollouts alone.
+Experiments may ask for no candidates, or to accept the first one unmeasured.
 All groups of one flow come from one policy version: when it changes under way the flow starts over.
 """
 
@@ -51,6 +52,8 @@ class RewriteOptions:
     strategies: tuple[str, ...]
     mode: Mode
     n_confirm: int
+    is_measured: bool
+    """False accepts the first candidate without looking at its rewards."""
     include_rollouts: bool
 
 
@@ -65,6 +68,7 @@ class _Trial:
     """What its diagnostic is of: the selection's rollouts, of the chosen one the confirmation's."""
     selection_gain: float | None = None
     decision: Decision | None = None
+    accepted: bool = False
     reason: str | None = None
 
 
@@ -111,11 +115,12 @@ class RewriteFlow:
         trials: list[_Trial] = []
         if self._should_rewrite(original):
             trials = await self._propose(prompt, original, stream)
-            await self._select(trials, group, stream)
-            group = await self._confirm(trials, original, group, stream)
-        accepted = next(
-            (i for i, t in enumerate(trials) if t.decision and t.decision.accepted), None
-        )
+            if self._options.is_measured:
+                await self._select(trials, group, stream)
+                group = await self._confirm(trials, original, group, stream)
+            else:
+                await self._accept_first(trials, group, stream)
+        accepted = next((i for i, trial in enumerate(trials) if trial.accepted), None)
         pairs, source, missing = self._pairs(original, group, trials, accepted)
         return self._result(original, trials, accepted, pairs=pairs, source=source, missing=missing)
 
@@ -159,6 +164,24 @@ class RewriteFlow:
         open_trials = [(i, t) for i, t in enumerate(trials) if t.reason is None]
         await _all(*(measure(index, trial) for index, trial in open_trials))
 
+    async def _accept_first(
+        self, trials: Sequence[_Trial], original: ScoredGroup, stream: str
+    ) -> None:
+        """Take the first candidate that was not rejected unseen.
+
+        Its pairs are chosen among as many answers as those of a confirmed candidate.
+        """
+        count = self._plan.n + self._options.n_confirm
+        for index, trial in enumerate(trials):
+            if trial.reason is None:
+                trial.shown = trial.group = await self._draw(
+                    trial.candidate.prompt, count, f"{stream}/select/{index}", original
+                )
+                trial.accepted, trial.reason = True, "unmeasured"
+                break
+        for trial in trials:
+            trial.reason = trial.reason or "not_selected"
+
     async def _confirm(
         self, trials: Sequence[_Trial], original: Diagnostic, group: ScoredGroup, stream: str
     ) -> ScoredGroup:
@@ -176,7 +199,7 @@ class RewriteFlow:
             fresh, again, trial.candidate.targets, _reachable(original),
             calibrator=self._sampler.calibrator, method=self._method, n=self._plan.n,
         )  # fmt: skip
-        trial.reason = trial.decision.reason
+        trial.accepted, trial.reason = trial.decision.accepted, trial.decision.reason
         trial.shown = fresh
         assert trial.group is not None
         trial.group = merge_groups(trial.group, fresh)
@@ -306,7 +329,7 @@ class RewriteFlow:
             "selection_gain": wire.finite(trial.selection_gain),
             "gain": None if decision is None else wire.finite(decision.gain),
             "confirmation": None if decision is None else _decision_json(decision),
-            "accepted": decision is not None and decision.accepted,
+            "accepted": trial.accepted,
             "reason": trial.reason,
         }
 

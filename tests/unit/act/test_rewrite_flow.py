@@ -94,6 +94,33 @@ async def test_pairs_of_an_accepted_rewrite_carry_it_and_their_provenance() -> N
     )
 
 
+async def test_without_candidates_a_single_prompt_is_paired_as_it_is() -> None:
+    question = reaching("helpful")
+    result = await service().rewrite(rewrites(question, candidates=0))
+    assert result["original"]["class"] == "single:helpful"
+    assert (result["candidates"], result["accepted"]) == ([], None)
+    assert result["pairs_from"] == "original"
+    assert result["usage"]["rollouts"] == result["original"]["num_rollouts"]
+
+
+async def test_unmeasured_acceptance_takes_the_first_candidate_and_claims_no_gain() -> None:
+    question = reaching("helpful")
+    measured = await service(method=LENIENT).rewrite(rewrites(question))
+    result = await service().rewrite(rewrites(question, acceptance="all", strategies=["null"]))
+    assert result["accepted"] == 0
+    first, *others = result["candidates"]
+    assert (first["accepted"], first["reason"]) == (True, "unmeasured")
+    assert (first["selection_gain"], first["gain"], first["confirmation"]) == (None,) * 3
+    assert {candidate["reason"] for candidate in others} == {"not_selected"}
+    (pair,) = result["pairs"]
+    assert pair["provenance"]["gain"] is None
+    assert pair["provenance"]["num_rollouts"] == 8 + 16
+    assert measured["pairs"][0]["provenance"]["num_rollouts"] == 8 + 16
+
+    configured = await service(method={"acceptance": "all"}).rewrite(rewrites(question))
+    assert configured["candidates"][0]["reason"] == "unmeasured"
+
+
 @pytest.mark.parametrize("kind", [("helpful", "harmless"), DIMENSIONS, ()])
 async def test_other_classes_are_not_rewritten_and_pair_on_the_original(
     kind: tuple[str, ...],
