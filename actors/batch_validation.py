@@ -3,8 +3,9 @@
 ::
 
     input file -> parts (actors.inputs) -> JSON lines, a blob of the batch -> scan -> shards
-       '-- JSON lines already: scanned where they are
+       '-- uploaded JSON lines: scanned where they are
 
+A registered file is others' and may change or go, so the batch keeps what it was when validated.
 What is wrong with the input as a whole fails the batch; what is wrong with a row is found when the
 row is worked on. Storage that fails is not the input's fault: ``StorageError`` passes through, and
 the batch is validated again.
@@ -66,7 +67,8 @@ class BatchValidator:
         blobs = self._stores.blobs
         file, blob = await self._stores.batches.batch_input(batch_id)
         parts = await input_parts(blobs, str(file["filename"]), blob)
-        if is_plain(parts):
+        registered = "://" in blob
+        if is_plain(parts) and not registered:
             return blob
         key = f"batches/{batch_id}/input/rows.jsonl"
         await blobs.put(key, stream(parts, blobs, endpoint, self._settings.max_input_bytes))

@@ -2,7 +2,7 @@
 
 ::
 
-    rows.jsonl                        JSON lines, read where they are
+    rows.jsonl, any other name        one file of JSON lines
     rows.jsonl.gz, rows.parquet       one file, by its name
     directory with state.json         a dataset that ``datasets`` saved with ``save_to_disk``
     any other directory               its ``.jsonl``, ``.jsonl.gz`` and ``.parquet`` files, by name
@@ -63,7 +63,7 @@ async def input_parts(blobs: BlobStore, filename: str, key: str) -> list[Part]:
 
 
 def is_plain(parts: list[Part]) -> bool:
-    """Whether the input can be read where it is."""
+    """Whether the input is JSON lines already."""
     return len(parts) == 1 and parts[0].format == "jsonl"
 
 

@@ -62,7 +62,8 @@ class LedgerBatches:
     # files
 
     async def reserve_blob(self, blob: str, lifetime_s: float) -> None:
-        """A blob that is about to be written and registered."""
+        """A blob that is about to be written and registered; what nobody needs goes first."""
+        await self._sweep_now()
         await self._steps.reserve_blob(blob, lifetime_s)
 
     async def put_file(self, file: Mapping[str, Any], blob: str) -> None:
@@ -108,6 +109,7 @@ class LedgerBatches:
 
     async def create_upload(self, upload: Mapping[str, Any], lifetime_s: float) -> UploadState:
         """Store a pending upload; it expires after ``lifetime_s``."""
+        await self._sweep_now()
         return await self._steps.create_upload(upload, lifetime_s)
 
     async def get_upload(self, upload_id: str) -> UploadState:
@@ -141,16 +143,25 @@ class LedgerBatches:
             await self._remove(entries)
 
     async def _sweep_now(self) -> None:
-        with suppress(StorageError):  # a runner's sweep will do it
+        with suppress(StorageError):  # it is done again before long
             await self.sweep()
 
     async def _remove(self, entries: Sequence[str]) -> None:
+        """Raises the last failure once every entry was tried."""
+        removed: list[str] = []
+        failure: StorageError | None = None
         for entry in entries:
-            if entry.endswith("/"):
-                await self._blobs.delete_all(entry)
-            else:
-                await self._blobs.delete(entry)
-        await self._steps.collected(entries)
+            try:
+                if entry.endswith("/"):
+                    await self._blobs.delete_all(entry)
+                else:
+                    await self._blobs.delete(entry)
+                removed.append(entry)
+            except StorageError as error:
+                failure = error
+        await self._steps.collected(removed)
+        if failure is not None:
+            raise failure
 
     # batches
 

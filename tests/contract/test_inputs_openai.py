@@ -21,7 +21,7 @@ from mora_serve.config import Settings, load_settings
 from mora_serve.fakes import FakeGenerator, FakeScorer
 from mora_serve.identity import new_id
 from mora_serve.store import Stores, open_stores
-from tests.contract.gateway_server import gateway, http_server, working
+from tests.contract.gateway_server import Gate, GatedScorer, gateway, http_server, working
 from tests.s3_fixtures import s3_client
 
 pytestmark = pytest.mark.redis
@@ -48,10 +48,13 @@ class Service:
             completion_window="24h",
         )
         generator, scorer = FakeGenerator(), FakeScorer(self.settings.dimensions)
-        async with working(self.stores, self.settings, generator, scorer), asyncio.timeout(60):
-            while batch.status not in ("completed", "failed"):
+        async with working(self.stores, self.settings, generator, scorer):
+            return await self.until(batch.id, "completed", "failed")
+
+    async def until(self, batch_id: str, *statuses: str) -> Batch:
+        async with asyncio.timeout(60):
+            while (batch := await self.client.batches.retrieve(batch_id)).status not in statuses:
                 await asyncio.sleep(0.01)
-                batch = await self.client.batches.retrieve(batch.id)
         return batch
 
     async def ids(self, batch: Batch) -> list[str]:
@@ -114,7 +117,7 @@ async def test_uploaded_file_is_read_by_its_name(service: Service, kind: str) ->
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
-async def test_registered_file_is_read_in_place(service: Service, kind: str) -> None:
+async def test_registered_file_is_read_from_its_place(service: Service, kind: str) -> None:
     data = {
         "jsonl": json_lines(),
         "jsonl.gz": gzip.compress(json_lines()),
@@ -131,6 +134,25 @@ async def test_registered_file_is_read_in_place(service: Service, kind: str) -> 
     assert (await service.client.files.content(file.id)).content == data
     await service.client.files.delete(file.id)
     assert path.exists()
+
+
+async def test_batch_works_on_the_file_as_it_was_when_validated(service: Service) -> None:
+    path, gate = service.allowed / "rows.jsonl", Gate()
+    path.write_bytes(json_lines())
+    file = await service.register(f"file://{path}")
+    batch = await service.client.batches.create(
+        input_file_id=file.id,
+        endpoint="/v1/scores",  # type: ignore[arg-type]
+        completion_window="24h",
+    )
+    scorer = GatedScorer(gate, service.settings.dimensions)
+    async with working(service.stores, service.settings, FakeGenerator(), scorer):
+        await service.until(batch.id, "in_progress")
+        path.unlink()
+        gate.allow()
+        done = await service.until(batch.id, "completed")
+
+    assert await service.ids(done) == EXPECTED
 
 
 async def test_registered_dataset_directory_is_one_input(service: Service) -> None:

@@ -284,7 +284,7 @@ async def test_storage_that_fails_while_a_table_is_read_is_not_the_inputs_fault(
     ("filename", "plain"),
     [("rows.jsonl", True), ("rows", True), ("rows.jsonl.gz", False), ("ROWS.PARQUET", False)],
 )
-async def test_json_lines_are_read_where_they_are(
+async def test_names_tell_what_is_json_lines_already(
     tmp_path: Path, filename: str, plain: bool
 ) -> None:
     blobs = FsspecBlobs(str(tmp_path / "blobs"))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import get_args
 
 import httpx2
 import openai
+import openai.types.uploads
 import pytest
 from openai.types import FileObject
+from pydantic import BaseModel
 
+from api import schemas
 from api.app import create_app
 from api.deps import Deps
 from tests.unit.api.conftest import MODEL, make_deps, make_settings
@@ -151,3 +155,31 @@ async def test_errors_arrive_as_the_clients_own_types(client: openai.AsyncOpenAI
     assert missing.value.code == "model_not_found"
     assert bad.value.param == "n"
     assert bad.value.request_id
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (schemas.Batch, openai.types.Batch),
+        (schemas.BatchErrorOut, openai.types.BatchError),
+        (schemas.RequestCounts, openai.types.BatchRequestCounts),
+        (schemas.BatchUsage, openai.types.BatchUsage),
+        (schemas.FileObject, FileObject),
+        (schemas.FileDeleted, openai.types.FileDeleted),
+        (schemas.Upload, openai.types.Upload),
+        (schemas.UploadPart, openai.types.uploads.UploadPart),
+    ],
+)
+def test_objects_have_exactly_the_fields_of_the_installed_client(
+    ours: type[BaseModel], theirs: type[BaseModel]
+) -> None:
+    assert set(ours.model_fields) == set(theirs.model_fields)
+
+
+def test_statuses_are_those_of_the_installed_client() -> None:
+    for ours, theirs in (
+        (schemas.Batch, openai.types.Batch),
+        (schemas.Upload, openai.types.Upload),
+    ):
+        wanted = get_args(theirs.model_fields["status"].annotation)
+        assert set(get_args(ours.model_fields["status"].annotation)) == set(wanted)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mora_serve.errors import NotFoundError
+from mora_serve.errors import NotFoundError, StorageError
 from mora_serve.store import Stores
 
 
@@ -36,12 +36,12 @@ async def test_expired_file_is_not_found_and_swept_and_others_stay(stores: Store
 
 
 async def test_reserved_blob_is_swept_unless_a_file_claims_it_in_time(stores: Stores) -> None:
-    for name in ("claimed", "abandoned"):
-        await stores.batches.reserve_blob(f"files/{name}", 0.0)
-    await stores.batches.reserve_blob("files/coming", 3600.0)
-    await stored(stores, "claimed")
     for name in ("abandoned", "coming"):
         await stores.blobs.put(f"files/{name}", b"data")
+    await stores.batches.reserve_blob("files/abandoned", 0.0)
+    await stores.batches.reserve_blob("files/coming", 3600.0)
+    await stores.batches.reserve_blob("files/claimed", 0.0)
+    await stored(stores, "claimed")
 
     await stores.batches.sweep()
 
@@ -55,6 +55,27 @@ async def test_sweeps_at_once_do_no_harm(stores: Stores) -> None:
 
     await asyncio.gather(*(stores.batches.sweep() for _ in range(4)))
 
+    assert await stores.blobs.list_keys("files/") == []
+
+
+async def test_blob_that_cannot_be_deleted_is_tried_again_and_holds_up_no_other(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        await stored(stores, f"file-{number}", expires_at=1)
+    delete = stores.blobs.delete
+
+    async def broken(key: str) -> None:
+        if key == "files/file-0":
+            raise StorageError("no")
+        await delete(key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stores.blobs, "delete", broken)
+        with pytest.raises(StorageError):
+            await stores.batches.sweep()
+    assert await stores.blobs.list_keys("files/") == ["files/file-0"]
+    await stores.batches.sweep()
     assert await stores.blobs.list_keys("files/") == []
 
 
