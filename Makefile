@@ -56,6 +56,10 @@ bench-batch: setup  ## Batches: rows a second, memory, and where the time goes, 
 bench-train: setup  ## DPO steps on a live pair stream against the same pairs from memory
 	$(PY) -m benchmarks.train $(BENCH_ARGS)
 
+.PHONY: experiment
+experiment: setup  ## Does measured rewriting make a better policy? Arms by seeds, hours, resumable
+	@$(PY) -m benchmarks.experiment $(BENCH_ARGS)
+
 .PHONY: retest
 retest: setup  ## Do classes repeat on fresh rollouts? Agreement, with the embedded policy
 	$(PY) -m benchmarks.retest $(BENCH_ARGS)

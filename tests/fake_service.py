@@ -52,6 +52,7 @@ class FakeService:
 @contextmanager
 def fake_service(*, one_version: bool = False, **overrides: Any) -> Iterator[FakeService]:
     """A service of its own on a free loopback port."""
+    overrides.setdefault("runner", {}).setdefault("poll_interval_s", 0.02)
     settings = load_settings("fake", overrides=overrides, environ={})
     ready = threading.Event()
     holder: dict[str, Any] = {}

@@ -1,0 +1,324 @@
+"""``python -m benchmarks.experiment``: does measured rewriting make a better policy?
+
+Trains the arms of :mod:`benchmarks.experiment_arms` from one base version on a stack of its own and
+compares them on held-out prompts, over several seeds: no rewriting with equally many pairs and
+steps, the same with equally many rollouts, unmeasured rewriting, MORA simultaneous and sequential;
+beside them the null strategy's acceptance and how often classes repeat. Resumable: finished pieces
+are JSON files under ``--out``, and the same command goes on with what is missing. ``--scale``
+multiplies prompts and steps; 1 is sized to two cores and takes hours.
+
+With ``--judge-heads`` the held-out answers are scored once more by heads that nothing was trained
+against (``python -m actors.train_heads --layers 24 ...``), so that a policy which only pleases its
+scorer shows. Their z has the base's answers as pool. Written: ``results.json`` and ``table.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.experiment_arms import ARMS, BASE, BATCHES, Arms, Design
+from benchmarks.experiment_cells import Cells
+from benchmarks.experiment_table import (
+    PAPER,
+    Samples,
+    compare_arms,
+    control_rates,
+    rate_lines,
+    table_lines,
+)
+from benchmarks.stack import CACHE, running
+from mora_serve.cli.common import read_prompts
+from mora_serve.client import Client
+from mora_serve.config import load_settings
+from mora_serve.demo import DEMO_PROMPTS
+from mora_serve.errors import MoraError
+from mora_serve.evaluation import Answer, VersionSample
+from mora_serve.evaluation_run import shipped_calibrators
+from mora_serve.identity import content_hash
+from mora_serve.pool_statistics import robust_scale
+from mora_serve.preference_pairs import score_rows
+from mora_serve.version_sampling import sample_of
+
+Json = dict[str, Any]
+NUM_PROMPTS, NUM_HELD_OUT, NUM_STEPS = 96, 64, 40
+"""At scale 1."""
+
+
+def main() -> int:
+    args = _parser().parse_args()
+    design = make_design(args)
+    configuration = {**json.loads(json.dumps(asdict(design))), "profile": args.profile}
+    cells = Cells(args.out, configuration)
+    _note(
+        f"{len(design.prompts)} prompts, {len(design.held_out)} held out, seeds {design.seeds}, "
+        f"{design.num_steps} steps"
+    )
+    overrides = {"data_dir": str((args.out / "state").resolve())}
+    if not is_complete(cells, design):
+        with running(args.profile, overrides) as stack:
+            Arms(Client(stack.url), design, cells, _note).run()
+    samples = load_samples(cells, design)
+    judged = None
+    if args.judge_heads is not None:
+        judged = judge(cells, design, args.judge_heads)
+    write_results(args.out, cells, design, samples, judged)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--prompts", type=Path, help="training prompts; default: half the demo's")
+    parser.add_argument("--held-out", type=Path, help="prompts never trained on; likewise")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiment"))
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies prompts and steps")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--order", nargs="+", help="dimensions in the order of their stages")
+    parser.add_argument("--n-eval", type=int, default=8, help="held-out answers per prompt")
+    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--learning-rate-multiplier", type=float, default=1.0)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--judge-heads", type=Path, help="directory of other heads")
+    parser.add_argument("--profile", default="embedded")
+    return parser
+
+
+def make_design(args: argparse.Namespace) -> Design:
+    """The design of an experiment; prompts are drawn once, alike for every seed."""
+    if (args.prompts is None) != (args.held_out is None):
+        raise MoraError("--prompts and --held-out must be given together")
+    if args.prompts is None:
+        prompts, held_out = _halves([row["prompt"] for row in read_prompts(DEMO_PROMPTS)])
+    else:
+        prompts = _spread(_of_split(args.prompts, {"train"}))
+        held_out = _spread(_of_split(args.held_out, {"test", "held-out", "validation"}))
+    prompts = prompts[: max(1, round(NUM_PROMPTS * args.scale))]
+    held_out = held_out[: max(1, round(NUM_HELD_OUT * args.scale))]
+    both = {content_hash(prompt) for prompt in prompts} & {content_hash(p) for p in held_out}
+    if both:
+        raise MoraError(f"--held-out must share no prompt with --prompts, got {len(both)} in both")
+    steps = max(len(ARMS), round(NUM_STEPS * args.scale))
+    return Design(
+        prompts=tuple(prompts),
+        held_out=tuple(held_out),
+        seeds=tuple(args.seeds),
+        dimensions=tuple(args.order or load_settings(args.profile, environ={}).dimensions),
+        num_steps=steps,
+        batch_size=args.batch_size,
+        n_eval=args.n_eval,
+        beta=args.beta,
+        learning_rate_multiplier=args.learning_rate_multiplier,
+        max_pairs=steps * args.batch_size,
+    )
+
+
+def _of_split(path: Path, splits: set[str]) -> list[Json]:
+    """Rows of a file; where rows name their split, those of ``splits`` only."""
+    rows = [row for row in read_prompts(path) if row.get("split") is None or row["split"] in splits]
+    if not rows:
+        raise MoraError(f"{path} must hold rows of split {' or '.join(sorted(splits))}, got none")
+    return rows
+
+
+def _spread(rows: Sequence[Json]) -> list[Any]:
+    """Prompts in random order, every kind in turn, each prompt once."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for row in random.Random(0).sample(list(rows), len(rows)):
+        kind = kinds.setdefault(str(row.get("kind") or ""), {})
+        kind.setdefault(content_hash(row["prompt"]), row["prompt"])
+    left = [list(kind.values()) for _, kind in sorted(kinds.items())]
+    found = []
+    while any(left):
+        found += [kind.pop(0) for kind in left if kind]
+    return found
+
+
+def _halves(prompts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    return list(prompts[::2]), list(prompts[1::2])
+
+
+def is_complete(cells: Cells, design: Design) -> bool:
+    """Whether every held-out answer is there, so that no stack is needed."""
+    return all(
+        (cells.root / f"seed-{seed}/answers-{arm}.json").exists()
+        for seed in design.seeds
+        for arm in (BASE, *ARMS)
+    )
+
+
+def load_samples(cells: Cells, design: Design) -> Samples:
+    """Every arm's held-out answers with the scores of the scorer that was trained against."""
+
+    def sample(seed: int, arm: str) -> VersionSample:
+        data = _answers(cells, seed, arm)
+        plain = sample_of(arm, data, None)
+        for calibrator in shipped_calibrators(tuple(plain.scorers)):
+            try:
+                calibrator.check(plain.scorers)
+                return sample_of(arm, data, calibrator)
+            except MoraError:
+                continue
+        return plain
+
+    return {arm: [sample(seed, arm) for seed in design.seeds] for arm in (BASE, *ARMS)}
+
+
+def _answers(cells: Cells, seed: int, arm: str) -> list[Json]:
+    content = json.loads((cells.root / f"seed-{seed}/answers-{arm}.json").read_text("utf-8"))
+    found: list[Json] = content["data"]
+    return found
+
+
+# --- the second scorer --------------------------------------------------------------------------
+
+
+def judge(cells: Cells, design: Design, heads: Path) -> Samples:
+    """The same answers scored by other heads."""
+    name = content_hash({file.name: file.read_bytes().hex() for file in _files(heads)})[:12]
+
+    def scores(seed: int, arm: str, client: Client | None) -> Json:
+        def make() -> Json:
+            assert client is not None
+            _note(f"seed {seed}: answers of {arm} before the second scorer")
+            return {"raw": second_scores(client, _answers(cells, seed, arm))}
+
+        return cells(f"seed-{seed}/judge-{name}-{arm}", make)
+
+    places = [(seed, arm) for seed in design.seeds for arm in (BASE, *ARMS)]
+    missing = [
+        p for p in places if not (cells.root / f"seed-{p[0]}/judge-{name}-{p[1]}.json").exists()
+    ]
+    if missing:
+        with _judging(heads) as client:
+            for seed, arm in missing:
+                scores(seed, arm, client)
+    raw = {(seed, arm): scores(seed, arm, None)["raw"] for seed, arm in places}
+    scale = _pool_scale([raw[seed, BASE] for seed in design.seeds])
+    return {
+        arm: [
+            with_scores(
+                sample_of(arm, _answers(cells, seed, arm), None), raw[seed, arm], scale, name
+            )
+            for seed in design.seeds
+        ]
+        for arm in (BASE, *ARMS)
+    }
+
+
+def _files(heads: Path) -> list[Path]:
+    if not (heads / "heads.safetensors").is_file():
+        raise MoraError(f"--judge-heads must be a directory of heads, got {heads}")
+    return [heads / "heads.safetensors"]
+
+
+@contextmanager
+def _judging(heads: Path) -> Iterator[Client]:
+    """A stack that scores with other heads and samples nothing."""
+    settings = load_settings("embedded")
+    path = str((CACHE / "models" / settings.policy.model).resolve())
+    scorer = {
+        "name": "judge", "backend": "heads", "dimensions": list(settings.dimensions),
+        "heads": str(heads.resolve()), "model": path,
+    }  # fmt: skip
+    overrides = {
+        "policy": {"backend": "fake", "path": path},
+        "scorers": [scorer],
+        "method": {"calibrator": "identity"},
+    }
+    with running("embedded", overrides) as stack:
+        yield Client(stack.url)
+
+
+def second_scores(client: Client, data: Sequence[Json]) -> list[list[dict[str, float | None]]]:
+    """Raw rewards by prompt, answer and dimension; ``None`` where a score is not valid."""
+    rows = [(item["prompt"], roll["text"]) for item in data for roll in item["rollouts"] or []]
+    flat: dict[int, dict[str, float | None]] = {
+        index: {k: score.raw if score.status == "ok" else None for k, score in scores.items()}
+        for index, scores in score_rows(client, rows)
+    }
+    ordered = iter([flat[index] for index in range(len(rows))])
+    return [[next(ordered) for _ in item["rollouts"] or []] for item in data]
+
+
+def _pool_scale(pools: Sequence[Any]) -> dict[str, tuple[float, float]]:
+    """Median and robust scale of the base's rewards by dimension, all seeds together."""
+    import numpy as np
+
+    rewards: dict[str, list[float]] = {}
+    for row in (row for pool in pools for prompt in pool for row in prompt):
+        for name, value in row.items():
+            if value is not None:
+                rewards.setdefault(name, []).append(value)
+    return {name: robust_scale(np.array(values), name) for name, values in rewards.items()}
+
+
+def with_scores(
+    sample: VersionSample,
+    raw: Sequence[Sequence[Mapping[str, float | None]]],
+    scale: Mapping[str, tuple[float, float]],
+    revision: str,
+) -> VersionSample:
+    """The sample with other scores in place of its own."""
+    prompts = []
+    for prompt, rows in zip(sample.prompts, raw, strict=True):
+        answers = []
+        for answer, row in zip(prompt.answers, rows, strict=True):
+            z = {k: (v - scale[k][0]) / scale[k][1] for k, v in row.items() if v is not None}
+            answers.append(Answer(z, {}, answer.num_tokens, answer.is_cut))
+        prompts.append(replace(prompt, answers=tuple(answers)))
+    return VersionSample(sample.name, tuple(prompts), dict.fromkeys(scale, ("judge", revision)))
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+def write_results(
+    out: Path, cells: Cells, design: Design, samples: Samples, judged: Samples | None
+) -> None:
+    """``results.json`` and ``table.md``; the table is printed too."""
+    batches = {
+        seed: {
+            kind: json.loads((cells.root / f"seed-{seed}/batch-{kind}.json").read_text("utf-8"))
+            for kind in (*BATCHES, "more")
+        }
+        for seed in design.seeds
+    }
+    rates = control_rates(batches)
+    lines = [
+        f"{len(design.held_out)} held-out prompts, {len(design.seeds)} seeds, "
+        f"{design.num_steps} DPO steps per arm; {machine.describe()}",
+        "",
+        "95 % intervals over prompts and answers; seeds are listed, not covered.",
+        "",
+    ]
+    results: Json = {"machine": machine.describe(), "rates": rates}
+    n = design.n_eval * len(design.seeds)
+    for title, arms in (("the scorer trained against", samples), ("another scorer", judged)):
+        if arms is None:
+            lines += ["No second scorer was given: reward hacking would not show.", ""]
+            continue
+        found, by_seed = compare_arms(arms, n)
+        lines += table_lines(found, by_seed, f"Judged by {title}")
+        results[title] = {"evaluation": asdict(found), "by_seed": by_seed}
+    lines += rate_lines(rates)
+    lines.append(PAPER)
+    (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
+    text = json.dumps(results, ensure_ascii=False, allow_nan=False)
+    (out / "results.json").write_text(text + "\n", "utf-8")
+    print("\n".join(lines))
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""What the experiment's cells say: a table per scorer, control rates, and the paper's figures.
+
+Answers of all seeds to one held-out prompt form its sample, so that the intervals of
+:mod:`mora_serve.evaluation` cover prompts and answers. They do not cover the choice of seeds, which
+three seeds cannot estimate: the change of every seed stands beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+from mora_serve.evaluation import (
+    OVERALL,
+    DimensionChange,
+    Estimate,
+    Evaluation,
+    VersionSample,
+    evaluate_versions,
+)
+
+Json = dict[str, Any]
+Samples = Mapping[str, Sequence[VersionSample]]
+"""Arm -> its sample of every seed; the first arm is the base."""
+PAPER = (
+    "Paper (arXiv 2605.11679; larger models, other data, another scale of percent): +4.6 % overall "
+    "reward in simultaneous alignment, +5 to +12.4 % per preference in sequential alignment."
+)
+OPEN_CLASSES = frozenset({"uncertain", "unknown", None})
+
+
+def pooled(samples: Sequence[VersionSample], name: str) -> VersionSample:
+    """One sample of an arm: every prompt with its answers of all seeds."""
+    prompts = tuple(
+        replace(each[0], answers=tuple(a for prompt in each for a in prompt.answers))
+        for each in zip(*(sample.prompts for sample in samples), strict=True)
+    )
+    return VersionSample(name, prompts, samples[0].scorers)
+
+
+def compare_arms(samples: Samples, n: int, seed: int = 0) -> tuple[Evaluation, Json]:
+    """All arms against the base over all seeds, and the changes of every seed."""
+    arms = list(samples)
+    found = evaluate_versions([pooled(samples[arm], arm) for arm in arms], n, seed)
+    by_seed: Json = {arm: {} for arm in arms[1:]}
+    for place in range(len(samples[arms[0]])):
+        renamed = [replace(samples[arm][place], name=arm) for arm in arms]
+        for item in evaluate_versions(renamed, n, seed).comparisons:
+            for k, change in item.changes.items():
+                by_seed[item.name].setdefault(k, []).append(change.change.value)
+    return found, by_seed
+
+
+def table_lines(found: Evaluation, by_seed: Json, title: str) -> list[str]:
+    """A Markdown table per figure: arms by dimensions and overall."""
+    names = [*found.dimensions, OVERALL]
+    figures: list[tuple[str, Callable[[DimensionChange], Estimate], int]] = [
+        ("change of mean reward, z", lambda change: change.change, 2),
+        ("the same at equal length, z", lambda change: change.adjusted, 2),
+        ("change of mean pool quantile, percent", lambda change: change.percent, 1),
+        ("win rate against the base", lambda change: change.win_rate, 2),
+    ]
+    lines = [f"### {title}", ""]
+    for label, pick, digits in figures:
+        if all(pick(c.changes[k]).value is None for c in found.comparisons for k in names):
+            continue
+        lines += [f"{label}:", "", _row("arm", names), _row("---", ["---:"] * len(names))]
+        for item in found.comparisons:
+            cells = [_cell(pick(item.changes[k]), digits) for k in names]
+            lines.append(_row(item.name, cells))
+        lines.append("")
+    lines += ["per seed, z:", "", _row("arm", names), _row("---", ["---:"] * len(names))]
+    for arm, changes in by_seed.items():
+        cells = [" / ".join(_number(v, 2) for v in changes[k]) for k in names]
+        lines.append(_row(arm, cells))
+    lines += ["", _row("arm", ["tokens", "cut"]), _row("---", ["---:", "---:"])]
+    for version in found.versions:
+        cells = [_cell(version.num_tokens, 1, signed=False), _cell(version.share_cut, 2)]
+        lines.append(_row(version.name, cells))
+    return [*lines, ""]
+
+
+def control_rates(batches: Mapping[int, Mapping[str, Json]]) -> Json:
+    """Acceptance of the null strategy and of rewriting, and how often classes repeat.
+
+    Classes of two seeds are two diagnoses of the same prompts under the same version.
+    """
+    rates: Json = {}
+    for kind in ("null", "mora"):
+        confirmed = sum(each[kind]["confirmed"] for each in batches.values())
+        accepted = sum(each[kind]["accepted"] for each in batches.values())
+        rates[f"{kind}_acceptance"] = _rate(accepted, confirmed)
+    same = both = total = 0
+    for a, b in combinations([each["mora"]["classes"] for each in batches.values()], 2):
+        for name in a.keys() & b.keys():
+            total += 1
+            if a[name] not in OPEN_CLASSES and b[name] not in OPEN_CLASSES:
+                both += 1
+                same += a[name] == b[name]
+    return {
+        **rates,
+        "class_agreement": _rate(same, both),
+        "decided_twice": _rate(both, total),
+        "rollouts": {
+            kind: sum(each[kind]["rollouts"] for each in batches.values())
+            for kind in next(iter(batches.values()))
+        },
+    }
+
+
+def rate_lines(rates: Json) -> list[str]:
+    """The control rates in words."""
+    names = {
+        "null_acceptance": "null strategy accepted (should be near 10 %)",
+        "mora_acceptance": "rewrites accepted on confirmation",
+        "class_agreement": "class repeats, of prompts decided twice",
+        "decided_twice": "prompts decided twice",
+    }
+    lines = []
+    for name, label in names.items():
+        rate = rates[name]
+        share = "none" if rate["share"] is None else f"{100 * rate['share']:.0f} %"
+        lines.append(f"- {label}: {share} ({rate['count']} of {rate['of']})")
+    drawn = ", ".join(f"{kind} {count}" for kind, count in rates["rollouts"].items())
+    return [*lines, f"- rollouts, all seeds: {drawn}", ""]
+
+
+def _rate(count: int, total: int) -> Json:
+    return {"count": count, "of": total, "share": count / total if total else None}
+
+
+def _row(head: str, cells: Sequence[str]) -> str:
+    return f"| {head} | {' | '.join(cells)} |"
+
+
+def _cell(estimate: Estimate, digits: int, *, signed: bool = True) -> str:
+    if estimate.value is None:
+        return "·"
+    values = (estimate.value, estimate.low, estimate.high)
+    value, low, high = (_number(v, digits, signed=signed) for v in values)
+    return f"{value} ({low} … {high})"
+
+
+def _number(value: float | None, digits: int, *, signed: bool = True) -> str:
+    if value is None:
+        return "·"
+    return f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"

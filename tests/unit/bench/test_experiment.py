@@ -1,0 +1,204 @@
+"""The whole experiment on the fake backend, a second start with nothing to do, and the table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import experiment
+from benchmarks.experiment_arms import ARMS, BASE, Arms, Design, chosen_pairs, share_of
+from benchmarks.experiment_cells import Cells
+from benchmarks.experiment_table import control_rates
+from mora_serve.client import Client
+from mora_serve.errors import MoraError
+from tests.fake_service import FakeService, fake_service
+
+SEEDS = (0, 1)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[FakeService]:
+    with fake_service(one_version=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def design() -> Design:
+    return Design(
+        prompts=tuple(f"What of subject {number}?" for number in range(16)),
+        held_out=tuple(f"And what of matter {number}?" for number in range(6)),
+        seeds=SEEDS,
+        dimensions=("helpful", "harmless", "truthful"),
+        num_steps=4,
+        batch_size=2,
+        n_eval=4,
+        beta=0.1,
+        learning_rate_multiplier=1.0,
+        max_pairs=6,
+    )
+
+
+@pytest.fixture(scope="module")
+def done(service: FakeService, design: Design, tmp_path_factory: pytest.TempPathFactory) -> Cells:
+    cells = Cells(tmp_path_factory.mktemp("experiment"), json.loads(json.dumps(asdict(design))))
+    Arms(Client(service.url), design, cells, lambda text: None, poll_s=0.01).run()
+    return cells
+
+
+def cell(cells: Cells, name: str) -> Any:
+    return json.loads((cells.root / f"{name}.json").read_text())
+
+
+def test_arms_differ_in_their_pairs_and_in_nothing_else(
+    service: FakeService, design: Design, done: Cells
+) -> None:
+    client = Client(service.url)
+    assert experiment.is_complete(done, design)
+    sizes = set()
+    for arm in ("plain", "more", "unmeasured", "simultaneous"):
+        job = client.get(f"/v1/fine_tuning/jobs/{cell(done, f'seed-0/{arm}-job')['job_id']}")
+        assert job["model"] == service.settings.policy.model
+        assert job["mora"] == {"max_steps": 4, "make_current": False}
+        lines = list(client.ndjson("GET", f"/v1/files/{job['training_file']}/content"))
+        sizes.add(len(lines))
+    assert sizes == {6}
+    plain, more, mora = (cell(done, f"seed-0/batch-{kind}") for kind in ("plain", "more", "mora"))
+    assert plain["rollouts"] < mora["rollouts"] <= more["rollouts"] + len(design.prompts)
+    assert (plain["confirmed"], more["confirmed"]) == (0, 0)
+    unmeasured = cell(done, "seed-0/batch-all")
+    rewritten = [p for p in unmeasured["pairs"] if p["provenance"]["strategy"]]
+    assert rewritten
+    assert all(pair["provenance"]["gain"] is None for pair in rewritten)
+
+
+def test_a_stage_samples_the_version_that_the_stage_before_made(
+    service: FakeService, done: Cells
+) -> None:
+    version = service.settings.policy.model
+    client = Client(service.url)
+    for place, name in enumerate(("helpful", "harmless", "truthful")):
+        stage = f"seed-1/stage-{place}-{name}"
+        pairs = cell(done, f"{stage}-batch")["pairs"]
+        assert {pair["policy_version"] for pair in pairs} == {version}
+        job = client.get(f"/v1/fine_tuning/jobs/{cell(done, f'{stage}-job')['job_id']}")
+        assert job["model"] == version
+        lines = list(client.ndjson("GET", f"/v1/files/{job['training_file']}/content"))
+        assert {line["stage"] for line in lines} == {name}
+        version = job["fine_tuned_model"]
+    assert cell(done, "seed-1/answers-sequential")["version"] == version
+
+
+def test_versions_are_sampled_as_themselves_and_the_base_is_current_again(
+    service: FakeService, done: Cells
+) -> None:
+    for arm in (BASE, *ARMS):
+        content = cell(done, f"seed-0/answers-{arm}")
+        assert {item["policy_version"] for item in content["data"]} == {content["version"]}
+    assert service.current() == service.settings.policy.model
+
+
+def test_a_second_start_asks_for_nothing_and_another_design_is_refused(
+    design: Design, done: Cells, service: FakeService
+) -> None:
+    before = len(Client(service.url).get("/v1/batches", limit=100)["data"])
+    again = Cells(done.root, json.loads(json.dumps(asdict(design))))
+    Arms(Client(service.url), design, again, pytest.fail, poll_s=0.01).run()
+    assert len(Client(service.url).get("/v1/batches", limit=100)["data"]) == before
+    with pytest.raises(MoraError, match="got another beta"):
+        Cells(done.root, json.loads(json.dumps({**asdict(design), "beta": 0.3})))
+
+
+def test_a_start_that_was_cut_short_goes_on_with_the_batch_it_had_created(
+    design: Design, done: Cells, service: FakeService
+) -> None:
+    place = done.root / "seed-0" / "batch-mora.json"
+    first = json.loads(place.read_text())
+    place.unlink()
+    Arms(Client(service.url), design, done, lambda text: None, poll_s=0.01).run()
+    assert json.loads(place.read_text()) == first
+
+
+def test_the_table_has_every_arm_with_both_scorers_the_rates_and_the_papers_figures(
+    design: Design, done: Cells, service: FakeService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = experiment.load_samples(done, design)
+    raw = {
+        (seed, arm): experiment.second_scores(
+            Client(service.url), cell(done, f"seed-{seed}/answers-{arm}")["data"]
+        )
+        for seed in SEEDS
+        for arm in (BASE, *ARMS)
+    }
+    scale = dict.fromkeys(design.dimensions, (0.0, 2.0))
+    judged = {
+        arm: [
+            experiment.with_scores(sample, raw[seed, arm], scale, "r2")
+            for seed, sample in zip(SEEDS, samples[arm], strict=True)
+        ]
+        for arm in samples
+    }
+    experiment.write_results(done.root, done, design, samples, judged)
+    text = (done.root / "table.md").read_text()
+    assert capsys.readouterr().out.strip() == text.strip()
+    for part in (*ARMS, "overall", "null strategy accepted", "class repeats", "+4.6 %", "per seed"):
+        assert part in text
+    assert text.count("### Judged by") == 2
+    results = json.loads((done.root / "results.json").read_text())
+    found = results["the scorer trained against"]
+    assert [item["name"] for item in found["evaluation"]["comparisons"]] == list(ARMS)
+    assert len(found["by_seed"]["plain"]["overall"]) == len(SEEDS)
+    assert found["evaluation"]["versions"][0]["num_answers"] == 2 * 4 * len(design.held_out)
+
+
+def test_classes_of_two_seeds_are_a_retest() -> None:
+    def batch(**classes: str) -> dict[str, Any]:
+        return {"classes": classes, "confirmed": 10, "accepted": 1, "rollouts": 5}
+
+    rates = control_rates(
+        {
+            0: {"null": batch(), "mora": batch(a="multi", b="flat", c="uncertain")},
+            1: {"null": batch(), "mora": batch(a="multi", b="multi", c="flat")},
+        }
+    )
+    assert rates["class_agreement"] == {"count": 1, "of": 2, "share": 0.5}
+    assert rates["decided_twice"]["count"] == 2
+    assert rates["null_acceptance"]["share"] == 0.1
+
+
+def test_held_out_prompts_are_never_trained_on(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"p{number % 50}", "kind": "ab"[number % 2], "split": split}
+        for number in range(100)
+        for split in ("train", "test")
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def design_of(*arguments: str) -> Design:
+        parser = experiment._parser()
+        return experiment.make_design(parser.parse_args(["--profile", "fake", *arguments]))
+
+    with pytest.raises(MoraError, match="must share no prompt"):
+        design_of("--prompts", str(path), "--held-out", str(path))
+    rows = [{**row, "prompt": f"{row['split']} {row['prompt']}"} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = design_of("--prompts", str(path), "--held-out", str(path), "--scale", "0.25")
+    assert len(found.prompts) == 24
+    assert len(set(found.prompts)) == 24
+    assert all(prompt.startswith("train") for prompt in found.prompts)
+    assert all(prompt.startswith("test") for prompt in found.held_out)
+    own = design_of()
+    assert not set(own.prompts) & set(own.held_out)
+
+
+def test_shares_add_up_and_pairs_are_drawn_alike_for_a_seed() -> None:
+    stages = ("a", "b", "c")
+    assert [share_of(10, place, stages) for place in range(3)] == [4, 3, 3]
+    pairs = [{"seq": number} for number in range(10)]
+    drawn = chosen_pairs(pairs, 4, 3)
+    assert drawn == chosen_pairs(pairs, 4, 3) == sorted(drawn, key=lambda pair: pair["seq"])
