@@ -29,6 +29,8 @@ from mora_serve.client import Client
 POOLS: Mapping[str, int] = {"generator": 3, "scorer": 2, "runner": 2}
 """Largest number of replicas of each pool."""
 BODY = {"n": 4, "candidates": 1}
+TARGET_CALLS = 0.5
+"""Calls under way per replica; a call of a runner carries the prompts of many rows."""
 PERIOD_S = 1.0
 QUIET_S = 10.0
 """How often the backlog is printed while no replica comes or goes."""
@@ -44,7 +46,7 @@ def stack_settings(delay_ms: float) -> dict[str, Any]:
         return {
             "min_replicas": 0,
             "max_replicas": POOLS[pool],
-            "target_ongoing_requests": 2,
+            "target_ongoing_requests": TARGET_CALLS,
             "upscale_delay_s": 2,
             "downscale_delay_s": 10,
             "look_back_period_s": 6,

@@ -23,7 +23,8 @@ class ReplicaSettings(Section):
     max_replicas: int = Field(default=1, ge=1)
     target_ongoing_requests: Positive | None = None
     """Calls under way per replica above which another one starts; ``None`` is half of
-    ``max_ongoing_requests``. Batch runners go by their backlog instead."""
+    ``max_ongoing_requests``. A call of a batch runner carries the prompts of many rows, so that a
+    few of them fill an engine. Batch runners themselves go by their backlog instead."""
     upscale_delay_s: float = Field(default=10.0, ge=0.0)
     """How long more replicas must be wanted; the first one after none starts at once."""
     downscale_delay_s: float = Field(default=300.0, ge=0.0)
