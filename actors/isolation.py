@@ -4,18 +4,22 @@ An engine that ends takes every call down that was in it, and nothing says whose
 row whose engine was lost is a suspect, and moves on with each loss::
 
     together     beside other rows, its calls merged with theirs      a loss proves nothing
-    aside        one suspect of the runner at a time, calls unmerged  a loss counts
+    aside        a few suspects at a time, their calls unmerged       a loss counts
     quarantined  nothing else of any runner is in flight              a loss counts, and may convict
 
 Most losses have other reasons, and then nothing but the suspects themselves waits. A row is given
 up only when an engine ended while it was in quarantine: however many rows of a batch end engines,
 the others come through. A row that runners may have died of runs *alone*, with nothing else of its
 own runner in flight.
+
+With N rows in flight the square root of N may be aside: a lost engine costs N / sqrt(N) turns, and
+a row that ends another one sends sqrt(N) rows into quarantine.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import IntEnum
@@ -54,13 +58,20 @@ class Isolation:
     """
 
     def __init__(
-        self, service: RowService, apart: RowService, gate: Gate, quarantine: Quarantine
+        self,
+        service: RowService,
+        apart: RowService,
+        gate: Gate,
+        quarantine: Quarantine,
+        *,
+        max_in_flight_rows: int,
     ) -> None:
         self._service = service
         self._apart = apart
         self._gate = gate
         self._quarantine = quarantine
         self._one = asyncio.Lock()
+        self._few = asyncio.Semaphore(math.isqrt(max_in_flight_rows))
 
     @asynccontextmanager
     async def enter(self, place: Place) -> AsyncIterator[RowService]:
@@ -69,7 +80,7 @@ class Isolation:
             async with self._gate.open():
                 yield self._service
         elif place is Place.ASIDE:
-            async with self._one, self._gate.open():
+            async with self._few, self._gate.open():
                 yield self._apart
         elif place is Place.ALONE:
             async with self._one, self._gate.closed():

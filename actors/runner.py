@@ -40,6 +40,8 @@ MAX_LEASES = 4
 ROW_LISTS = ListCalls(max_items=64, window_s=0.05)
 """Rows wait longer for company than callers do: nobody waits for a single row, the time is little
 beside what sampling takes, and lists of a dozen cost a fraction of a dozen calls."""
+SUSPECT_LISTS = ListCalls(max_items=1, window_s=0.0)
+"""No prompt of a row that may have ended an engine shares a call."""
 STOP_SHARE = 0.8
 """Share of the graceful shutdown time that running rows get before they are handed back."""
 
@@ -60,13 +62,16 @@ class BatchRunner:
         together, apart = (
             service
             or MoraService(generator, scorer, load_calibrator(settings), settings, lists=lists)
-            for lists in (ROW_LISTS, ListCalls())
+            for lists in (ROW_LISTS, SUSPECT_LISTS)
         )
         gate = Gate()
         self._quarantine = Quarantine(
             stores.batches, worker_id, gate, period_s=settings.runner.poll_interval_s
         )
-        self._isolation = Isolation(together, apart, gate, self._quarantine)
+        most = settings.runner.max_in_flight_rows
+        self._isolation = Isolation(
+            together, apart, gate, self._quarantine, max_in_flight_rows=most
+        )
         self._stores = stores
         self._settings = settings.runner
         self._worker_id = worker_id

@@ -63,11 +63,15 @@ def make_runner(
     return BatchRunner(generator, scorer, stores, settings, name, service=service)
 
 
-def make_isolation(service: RowService, apart: RowService | None = None) -> Isolation:
+def make_isolation(
+    service: RowService, apart: RowService | None = None, *, max_in_flight_rows: int = 1
+) -> Isolation:
     """The places of a runner that has no other one beside it."""
     gate = Gate()
     quarantine = Quarantine(Stores.memory().batches, "w1", gate, period_s=0.001)
-    return Isolation(service, apart or service, gate, quarantine)
+    return Isolation(
+        service, apart or service, gate, quarantine, max_in_flight_rows=max_in_flight_rows
+    )
 
 
 @asynccontextmanager
