@@ -56,19 +56,19 @@ def compare_arms(samples: Samples, n: int, seed: int = 0) -> tuple[Evaluation, J
 def table_lines(found: Evaluation, by_seed: Json, title: str) -> list[str]:
     """A Markdown table per figure: arms by dimensions and overall."""
     names = [*found.dimensions, OVERALL]
-    figures: list[tuple[str, Callable[[DimensionChange], Estimate], int]] = [
-        ("change of mean reward, z", lambda change: change.change, 2),
-        ("the same at equal length, z", lambda change: change.adjusted, 2),
-        ("change of mean pool quantile, percent", lambda change: change.percent, 1),
-        ("win rate against the base", lambda change: change.win_rate, 2),
+    figures: list[tuple[str, Callable[[DimensionChange], Estimate], int, bool]] = [
+        ("change of mean reward, z", lambda change: change.change, 2, True),
+        ("the same at equal length, z", lambda change: change.adjusted, 2, True),
+        ("change of mean pool quantile, percent", lambda change: change.percent, 1, True),
+        ("win rate against the base", lambda change: change.win_rate, 2, False),
     ]
     lines = [f"### {title}", ""]
-    for label, pick, digits in figures:
+    for label, pick, digits, signed in figures:
         if all(pick(c.changes[k]).value is None for c in found.comparisons for k in names):
             continue
         lines += [f"{label}:", "", _row("arm", names), _row("---", ["---:"] * len(names))]
         for item in found.comparisons:
-            cells = [_cell(pick(item.changes[k]), digits) for k in names]
+            cells = [_cell(pick(item.changes[k]), digits, signed=signed) for k in names]
             lines.append(_row(item.name, cells))
         lines.append("")
     lines += ["per seed, z:", "", _row("arm", names), _row("---", ["---:"] * len(names))]
@@ -77,7 +77,10 @@ def table_lines(found: Evaluation, by_seed: Json, title: str) -> list[str]:
         lines.append(_row(arm, cells))
     lines += ["", _row("arm", ["tokens", "cut"]), _row("---", ["---:", "---:"])]
     for version in found.versions:
-        cells = [_cell(version.num_tokens, 1, signed=False), _cell(version.share_cut, 2)]
+        cells = [
+            _cell(version.num_tokens, 1, signed=False),
+            _cell(version.share_cut, 2, signed=False),
+        ]
         lines.append(_row(version.name, cells))
     return [*lines, ""]
 

@@ -29,7 +29,8 @@ SEED_STRIDE = 1_000_003
 MAX_ATTEMPTS = 3
 """How often a prompt is asked for whose infrastructure failed."""
 ACTIVATION_TIMEOUT_S = 300.0
-POLL_S = 0.5
+FIRST_POLL_S, LAST_POLL_S = 0.02, 1.0
+"""Pauses between two looks at what is served; they double."""
 Z_TOLERANCE = 1e-6
 
 
@@ -114,11 +115,12 @@ class Served:
         self._note(f"making {version} the current version")
         self._client.post(f"/v1/models/{version}/activate")
         self._current = version
-        deadline = self._clock() + ACTIVATION_TIMEOUT_S
+        deadline, pause_s = self._clock() + ACTIVATION_TIMEOUT_S, FIRST_POLL_S
         while not self._is_served(version):
             if self._clock() > deadline:
                 raise MoraError(f"{version} was not served within {ACTIVATION_TIMEOUT_S:g} s")
-            self._sleep(POLL_S)
+            self._sleep(pause_s)
+            pause_s = min(2 * pause_s, LAST_POLL_S)
 
     def _is_served(self, version: str) -> bool:
         try:
