@@ -68,21 +68,14 @@ class Outcome:
 
 
 def run(
-    num_rows: int,
-    planned: list[kills.Planned],
-    seed: int,
-    settings: dict[str, Any],
-    body: dict[str, Any] = BODY,
+    num_rows: int, planned: list[kills.Planned], seed: int, settings: dict[str, Any]
 ) -> Outcome:
-    """Start a stack, run the batch under the planned kills, and read all that it left.
-
-    ``body`` is what every row asks for besides its prompt.
-    """
+    """Start a stack, run the batch under the planned kills, and read all that it left."""
     data_dir = Path(tempfile.mkdtemp(prefix="mora-chaos-"))
     print(f"data directory {data_dir}, kept when something is wrong", flush=True)
     with running(settings, data_dir=data_dir) as up:
         started = time.monotonic()
-        with submitted(up.url, num_rows, body) as batch:
+        with submitted(up.url, num_rows, BODY) as batch:
             killer = kills.Killer(up.pid, planned, seed, batch.share)
             killer.start()
             batch.wait()
