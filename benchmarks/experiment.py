@@ -32,20 +32,23 @@ from benchmarks.experiment_table import (
     Samples,
     compare_arms,
     control_rates,
+    kl_lines,
     rate_lines,
     table_lines,
 )
 from benchmarks.stack import CACHE, running
 from mora_serve.cli.common import read_prompts
 from mora_serve.client import Client
-from mora_serve.config import load_settings
+from mora_serve.config import Settings, load_settings
 from mora_serve.demo import DEMO_PROMPTS
+from mora_serve.divergence import DivergenceSettings
 from mora_serve.errors import MoraError
 from mora_serve.evaluation import Answer, VersionSample
 from mora_serve.evaluation_run import shipped_calibrators
 from mora_serve.identity import content_hash
 from mora_serve.pool_statistics import robust_scale
 from mora_serve.preference_pairs import score_rows
+from mora_serve.settings_sources import read_yaml
 from mora_serve.version_sampling import sample_of
 
 Json = dict[str, Any]
@@ -56,16 +59,19 @@ NUM_PROMPTS, NUM_HELD_OUT, NUM_STEPS = 96, 64, 40
 def main() -> int:
     args = _parser().parse_args()
     design = make_design(args)
+    tried = {} if args.config is None else read_yaml(args.config)
     configuration = {**json.loads(json.dumps(asdict(design))), "profile": args.profile}
-    cells = Cells(args.out, configuration)
+    cells = Cells(args.out, {**configuration, "config": tried})
     _note(
         f"{len(design.prompts)} prompts, {len(design.held_out)} held out, seeds {design.seeds}, "
         f"{design.num_steps} steps"
     )
-    overrides = {"data_dir": str((args.out / "state").resolve())}
-    if not is_complete(cells, design):
+    overrides = {**tried, "data_dir": str((args.out / "state").resolve())}
+    expected = divergence_settings(load_settings(args.profile, overrides=tried))
+    if not is_complete(cells, design, with_kl=expected is not None):
         with running(args.profile, overrides) as stack:
-            Arms(Client(stack.url), design, cells, _note).run()
+            kl = divergence_settings(stack.settings)
+            Arms(Client(stack.url), design, cells, _note, kl=kl).run()
     samples = load_samples(cells, design)
     judged = None
     if args.judge_heads is not None:
@@ -88,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--judge-heads", type=Path, help="directory of other heads")
     parser.add_argument("--profile", default="embedded")
+    parser.add_argument("--config", type=Path, help="YAML over the profile: other thresholds ...")
     return parser
 
 
@@ -120,6 +127,14 @@ def make_design(args: argparse.Namespace) -> Design:
     )
 
 
+def divergence_settings(settings: Settings) -> DivergenceSettings | None:
+    """How KL is measured on this machine; ``None`` where no model or no whole distribution is."""
+    policy, sampling = settings.policy, settings.sampling
+    if policy.backend == "fake" or sampling.top_p < 1 or sampling.temperature == 0:
+        return None
+    return DivergenceSettings(Path(str(policy.path)), sampling.temperature)
+
+
 def _of_split(path: Path, splits: set[str]) -> list[Json]:
     """Rows of a file; where rows name their split, those of ``splits`` only."""
     rows = [row for row in read_prompts(path) if row.get("split") is None or row["split"] in splits]
@@ -145,12 +160,14 @@ def _halves(prompts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return list(prompts[::2]), list(prompts[1::2])
 
 
-def is_complete(cells: Cells, design: Design) -> bool:
-    """Whether every held-out answer is there, so that no stack is needed."""
+def is_complete(cells: Cells, design: Design, *, with_kl: bool) -> bool:
+    """Whether every held-out answer is there, and every KL, so that no stack is needed."""
+    names = [f"answers-{arm}" for arm in (BASE, *ARMS)]
+    names += [f"kl-{arm}" for arm in ARMS if with_kl]
     return all(
-        (cells.root / f"seed-{seed}/answers-{arm}.json").exists()
+        (cells.root / f"seed-{seed}/{name}.json").exists()
         for seed in design.seeds
-        for arm in (BASE, *ARMS)
+        for name in names
     )
 
 
@@ -277,6 +294,17 @@ def with_scores(
     return VersionSample(sample.name, tuple(prompts), dict.fromkeys(scale, ("judge", revision)))
 
 
+def load_divergences(cells: Cells, design: Design) -> dict[str, list[Json]]:
+    """KL to the base by arm, one of every seed that measured it."""
+    found: dict[str, list[Json]] = {}
+    for arm in ARMS:
+        places = [cells.root / f"seed-{seed}/kl-{arm}.json" for seed in design.seeds]
+        measured = [json.loads(place.read_text("utf-8")) for place in places if place.exists()]
+        if measured:
+            found[arm] = measured
+    return found
+
+
 # --- results ------------------------------------------------------------------------------------
 
 
@@ -308,7 +336,9 @@ def write_results(
         found, by_seed = compare_arms(arms, n)
         lines += table_lines(found, by_seed, f"Judged by {title}")
         results[title] = {"evaluation": asdict(found), "by_seed": by_seed}
-    lines += rate_lines(rates)
+    divergences = load_divergences(cells, design)
+    results["kl"] = divergences
+    lines += [*kl_lines(divergences), *rate_lines(rates)]
     lines.append(PAPER)
     (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
     text = json.dumps(results, ensure_ascii=False, allow_nan=False)

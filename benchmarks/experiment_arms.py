@@ -7,7 +7,7 @@ Per seed, all from the base version::
     arms      plain, more, all, mora: DPO on equally many pairs of their batch, equally many steps
               sequential: per dimension a mora batch sampled from the version before, pairs of that
               stage alone, a share of the steps
-    answers   base and every arm on the held-out prompts, same seeds
+    answers   base and every arm on the held-out prompts, same seeds; KL of the arm to the base
 
 Versions are published without becoming current. What has to be sampled is made current for as long
 as that takes and rolled back afterwards, since an engine that merges adapters holds one version at
@@ -19,14 +19,18 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment_cells import Cells
 from mora_serve.client import Client
+from mora_serve.divergence import DivergenceMeter, DivergenceSettings, RunCommand
 from mora_serve.errors import MoraError
 from mora_serve.jobs import JobFollower
 from mora_serve.version_sampling import SamplingPlan, Served, draw
@@ -69,8 +73,18 @@ class Design:
     """Pairs that an arm trains on at most; all arms of a seed train on equally many."""
 
 
+def run_quietly(command: list[str]) -> None:
+    """Run a command of ours; its output is shown only when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise MoraError(f"{command[2]} failed: {done.stderr.strip()[-500:]}")
+
+
 class Arms:
-    """Runs one seed after the other; ``poll_s`` is the pause between two looks at a job."""
+    """Runs one seed after the other; ``poll_s`` is the pause between two looks at a job.
+
+    ``kl`` measures the arms' divergence from the base with ``run_command``; ``None`` leaves it out.
+    """
 
     def __init__(
         self,
@@ -79,8 +93,12 @@ class Arms:
         cells: Cells,
         note: Callable[[str], None],
         *,
+        kl: DivergenceSettings | None = None,
+        run_command: RunCommand = run_quietly,
         poll_s: float = 2.0,
     ) -> None:
+        self._kl = kl
+        self._run_command = run_command
         self._client = client
         self._design = design
         self._cells = cells
@@ -100,7 +118,21 @@ class Arms:
                 versions[arm] = self._train(f"seed-{seed}/{arm}", pairs, self._base, seed)
             versions[SEQUENTIAL] = self._sequential(seed, num_pairs)
             for arm, version in versions.items():
-                self.answers(seed, arm, version)
+                answers = self.answers(seed, arm, version)
+                if self._kl is not None and version != self._base:
+                    self._divergence(seed, arm, answers)
+
+    def _divergence(self, seed: int, arm: str, answers: Json) -> None:
+        def make() -> Json:
+            assert self._kl is not None
+            self._note(f"seed {seed}: KL of {arm} to the base")
+            with tempfile.TemporaryDirectory(prefix="mora-kl-") as scratch:
+                meter = DivergenceMeter(
+                    self._client, self._kl, self._base, Path(scratch), self._run_command
+                )
+                return asdict(meter.measure(answers["version"], answers["data"], seed))
+
+        self._cells(f"seed-{seed}/kl-{arm}", make)
 
     def answers(self, seed: int, arm: str, version: str) -> Json:
         """Diagnostics of the held-out prompts under an arm's version, with their answers."""
@@ -109,10 +141,8 @@ class Arms:
             self._note(f"seed {seed}: held-out answers of {arm}")
             plan = SamplingPlan(n=self._design.n_eval, seed=EVALUATION_SEED + seed)
             with self._served(version):
-                return {
-                    "version": version,
-                    "data": draw(self._client, version, self._design.held_out, plan),
-                }
+                data = draw(self._client, version, self._design.held_out, plan)
+            return {"version": version, "data": data}
 
         return self._cells(f"seed-{seed}/answers-{arm}", make)
 

@@ -113,6 +113,21 @@ def control_rates(batches: Mapping[int, Mapping[str, Json]]) -> Json:
     }
 
 
+def kl_lines(divergences: Mapping[str, Sequence[Json]]) -> list[str]:
+    """KL to the base of every arm and seed, in nats; nothing where it was not measured."""
+    if not divergences:
+        return ["KL to the base was not measured.", ""]
+    head = ["per token, per seed", "per answer, per seed"]
+    lines = ["KL to the base, nats (k3):", "", _row("arm", head), _row("---", ["---:"] * 2)]
+    for arm, measured in divergences.items():
+        cells = [
+            " / ".join(_number(item[name]["value"], digits, signed=False) for item in measured)
+            for name, digits in (("per_token", 4), ("per_answer", 3))
+        ]
+        lines.append(_row(arm, cells))
+    return [*lines, ""]
+
+
 def rate_lines(rates: Json) -> list[str]:
     """The control rates in words."""
     names = {

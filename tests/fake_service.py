@@ -96,7 +96,15 @@ async def _train(stores: Stores) -> None:
             policy = {"id": version, "kind": "lora", "uri": "/nowhere", "job_id": job["id"]}
             make_current = job["mora"].get("make_current", True)
             await stores.jobs.publish_policy(policy, make_current=make_current)
+            file_id = f"file-{version}"
+            await stores.blobs.put(file_id, b"weights")
+            record = {
+                "id": file_id, "object": "file", "bytes": 7, "created_at": 0,
+                "filename": "adapter.bin", "purpose": "fine-tune-results", "status": "processed",
+                "expires_at": None, "status_details": None,
+            }  # fmt: skip
+            await stores.batches.put_file(record, file_id)
             await stores.jobs.update_job(
-                job["id"], status="succeeded", fine_tuned_model=version, result_files=[]
+                job["id"], status="succeeded", fine_tuned_model=version, result_files=[file_id]
             )
         await asyncio.sleep(0.01)

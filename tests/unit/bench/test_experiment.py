@@ -15,6 +15,7 @@ from benchmarks.experiment_arms import ARMS, BASE, Arms, Design, chosen_pairs, s
 from benchmarks.experiment_cells import Cells
 from benchmarks.experiment_table import control_rates
 from mora_serve.client import Client
+from mora_serve.divergence import DivergenceSettings
 from mora_serve.errors import MoraError
 from tests.fake_service import FakeService, fake_service
 
@@ -46,8 +47,22 @@ def design() -> Design:
 @pytest.fixture(scope="module")
 def done(service: FakeService, design: Design, tmp_path_factory: pytest.TempPathFactory) -> Cells:
     cells = Cells(tmp_path_factory.mktemp("experiment"), json.loads(json.dumps(asdict(design))))
-    Arms(Client(service.url), design, cells, lambda text: None, poll_s=0.01).run()
+    kl = DivergenceSettings(Path("base-model"), 0.7)
+    Arms(
+        Client(service.url), design, cells, lambda text: None, kl=kl, run_command=one_nat_each,
+        poll_s=0.01,
+    ).run()  # fmt: skip
     return cells
+
+
+def one_nat_each(command: list[str]) -> None:
+    """Stands for ``trainer.kl``: every answer has two tokens and diverges by one nat."""
+    given = dict(zip(command[3::2], command[4::2], strict=True))
+    assert (given["--base"], given["--reference"]) == ("base-model", "base")
+    assert (Path(given["--policy"]) / "adapter.bin").read_bytes() == b"weights"
+    answers = Path(given["--answers"]).read_text().splitlines()
+    line = json.dumps({"num_tokens": 2, "k1": 1.0, "k3": 1.0})
+    Path(given["--out"]).write_text(f"{line}\n" * len(answers))
 
 
 def cell(cells: Cells, name: str) -> Any:
@@ -58,7 +73,7 @@ def test_arms_differ_in_their_pairs_and_in_nothing_else(
     service: FakeService, design: Design, done: Cells
 ) -> None:
     client = Client(service.url)
-    assert experiment.is_complete(done, design)
+    assert experiment.is_complete(done, design, with_kl=True)
     sizes = set()
     for arm in ("plain", "more", "unmeasured", "simultaneous"):
         job = client.get(f"/v1/fine_tuning/jobs/{cell(done, f'seed-0/{arm}-job')['job_id']}")
@@ -152,6 +167,7 @@ def test_the_table_has_every_arm_with_both_scorers_the_rates_and_the_papers_figu
     found = results["the scorer trained against"]
     assert [item["name"] for item in found["evaluation"]["comparisons"]] == list(ARMS)
     assert len(found["by_seed"]["plain"]["overall"]) == len(SEEDS)
+    assert [item["per_token"]["value"] for item in results["kl"]["plain"]] == [0.5, 0.5]
     assert found["evaluation"]["versions"][0]["num_answers"] == 2 * 4 * len(design.held_out)
 
 
