@@ -54,7 +54,7 @@ def _intervals(found: Json, pick: Any) -> list[svg.Interval]:
     rows = []
     for place, version in enumerate(found["versions"]):
         estimate = pick(version)
-        if estimate["value"] is not None:
+        if estimate["low"] is not None:
             bounds = (estimate["value"], estimate["low"], estimate["high"])
             rows.append(svg.Interval(version["name"], *bounds, place))
     return rows
@@ -79,7 +79,7 @@ def _changes(item: Json, percent_missing: str | None) -> str:
     bars = [
         svg.Interval(k, v["change"]["value"], v["change"]["low"], v["change"]["high"], place)
         for place, (k, v) in enumerate(item["changes"].items())
-        if v["change"]["value"] is not None
+        if v["change"]["low"] is not None
     ]
     head = ["dimension", "change", "at equal length", "win rate", "percent", "ceiling", ""]
     rows = [

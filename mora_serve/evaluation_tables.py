@@ -24,6 +24,8 @@ def interval(estimate: Json | None, digits: int = 2, *, signed: bool = False) ->
     """``+0.12 (+0.03 … +0.21)``."""
     if estimate is None or estimate["value"] is None:
         return MISSING
+    if estimate["low"] is None:
+        return number(estimate["value"], digits, signed=signed)
     low, middle, high = (
         number(estimate[name], digits, signed=signed) for name in ("low", "value", "high")
     )
@@ -34,6 +36,8 @@ def share(estimate: Json | None) -> str:
     """A share as percent with its interval."""
     if estimate is None or estimate["value"] is None:
         return MISSING
+    if estimate["low"] is None:
+        return f"{100 * estimate['value']:.0f} %"
     low, middle, high = (f"{100 * estimate[name]:.0f}" for name in ("low", "value", "high"))
     return f"{middle} % ({low} … {high})"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import numpy as np
@@ -23,6 +23,7 @@ from mora_serve.evaluation import (
     VersionSample,
     evaluate_versions,
 )
+from mora_serve.evaluation_tables import interval, share
 
 SCORERS = {"helpful": ("m", "r1"), "harmless": ("m", "r1")}
 
@@ -33,7 +34,7 @@ answers = st.builds(
     values,
     st.integers(1, 200),
 )
-prompts = st.lists(st.lists(answers, min_size=4, max_size=4), min_size=1, max_size=6)
+prompts = st.lists(st.lists(answers, min_size=4, max_size=4), min_size=2, max_size=6)
 
 
 def version(name: str, rows: Sequence[Sequence[Answer]]) -> VersionSample:
@@ -182,6 +183,15 @@ def test_ceilings_are_compared_at_the_number_of_scores_that_both_have() -> None:
     assert both.versions[0].ceilings["helpful"].value is not None
     assert both.versions[0].ceilings["helpful"].value < 3.0
     assert both.versions[1].ceilings["helpful"].value == 3.0
+
+
+def test_one_prompt_has_a_figure_but_no_interval_and_no_verdict() -> None:
+    rows = [[Answer({"helpful": 1.0, "harmless": 0.0}, {}, 9, False)] * 4]
+    found = evaluate(version("a", rows), version("b", rows)).comparisons[0].changes["helpful"]
+    assert (found.change.value, found.change.low, found.change.se) == (0, None, None)
+    assert found.verdict == "not measured"
+    assert interval(asdict(found.change)) == "0.00"
+    assert share(asdict(found.win_rate)) == "50 %"
 
 
 def test_without_any_valid_score_there_is_no_figure() -> None:
