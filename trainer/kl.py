@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from trainer.dpo import load_tokenizer
 
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--temperature", type=float, default=1.0)
     args = parser.parse_args(arguments)
+    disable_progress_bar()
     rows = [json.loads(line) for line in args.answers.read_text("utf-8").splitlines()]
     tokenizer = load_tokenizer(args.base)
     encoded = [encode(tokenizer, row["prompt"], row["answer"]) for row in rows]
