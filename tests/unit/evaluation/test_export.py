@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from api import dataset_files
 from mora_serve.calibrators import fake_calibrator
@@ -52,8 +52,37 @@ def export(service: FakeService, *arguments: str) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the commands that an export starts in this process."""
+
+    def run_child(command: list[str], *_: Any) -> None:
+        assert command[1:3] == ["-m", "api.dataset_files"]
+        assert dataset_files.main(command[3:]) == 0
+
+    monkeypatch.setattr("mora_serve.cli.export.run_child", run_child)
+
+
+def export_here(service: FakeService, *arguments: str) -> Result:
+    command = ["export", "--url", service.url, *arguments]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def finish(client: Client, lines: list[dict[str, Any]], **defaults: Any) -> str:
+    """Id of a batch of these rows, once it is completed."""
+    content = "".join(json.dumps(line) + "\n" for line in lines)
+    file = client.upload(content.encode(), "rows.jsonl")
+    body = {"input_file_id": file["id"], "endpoint": lines[0]["url"], "defaults": defaults}
+    batch = client.post("/v1/batches", body)
+    for _ in client.events(f"/v1/batches/{batch['id']}/events"):
+        pass
+    assert client.get(f"/v1/batches/{batch['id']}")["status"] == "completed"
+    return str(batch["id"])
+
+
 def run_batch(service: FakeService, **defaults: Any) -> str:
-    client = Client(service.url)
     lines = [
         {
             "custom_id": f"row-{number}", "method": "POST", "url": "/v1/rewrites",
@@ -62,14 +91,7 @@ def run_batch(service: FakeService, **defaults: Any) -> str:
         for number in range(NUM_PROMPTS)
     ]  # fmt: skip
     lines.append({**lines[0], "custom_id": "bad", "body": {"prompt": " "}})
-    content = "".join(json.dumps(line) + "\n" for line in lines)
-    file = client.upload(content.encode(), "rows.jsonl")
-    body = {"input_file_id": file["id"], "endpoint": "/v1/rewrites", "defaults": defaults}
-    batch = client.post("/v1/batches", body)
-    for _ in client.events(f"/v1/batches/{batch['id']}/events"):
-        pass
-    assert client.get(f"/v1/batches/{batch['id']}")["status"] == "completed"
-    return str(batch["id"])
+    return finish(Client(service.url), lines, **defaults)
 
 
 def load(directory: Path, name: str, cache: Path) -> Any:
@@ -153,11 +175,11 @@ def test_plain_trl_trains_on_the_pairs(exported: Path, tmp_path: Path) -> None:
     assert len(losses) == 2
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_batch_without_rollouts_has_pairs_only_and_is_said_to(
     service: FakeService, tmp_path: Path
 ) -> None:
-    done = export(service, "--batch", run_batch(service), "--out", str(tmp_path / "d"))
-    assert done.returncode == 0, done.stderr
+    done = export_here(service, "--batch", run_batch(service), "--out", str(tmp_path / "d"))
     assert "run without include_rollouts" in " ".join(done.stderr.split())
     text = (tmp_path / "d" / "README.md").read_text()
     assert "it holds no scored groups" in text
@@ -166,12 +188,25 @@ def test_a_batch_without_rollouts_has_pairs_only_and_is_said_to(
     assert not (tmp_path / "d" / "groups").exists()
 
 
+@pytest.mark.usefixtures("in_process")
+def test_a_batch_of_diagnostics_has_groups_only(service: FakeService, tmp_path: Path) -> None:
+    url = "/v1/diagnostics"
+    body = {"prompts": ["One subject?", "Another subject?"], "n": 4, "n_max": 4}
+    line = {"custom_id": "both", "method": "POST", "url": url, "body": body}
+    batch_id = finish(Client(service.url), [line], include_rollouts=True)
+    export_here(service, "--batch", batch_id, "--out", str(tmp_path / "d"))
+    groups = load(tmp_path / "d", "groups", tmp_path / "cache")
+    assert [row["prompt"][0]["content"] for row in groups] == body["prompts"]
+    assert {len(row["responses"]) for row in groups} == {4}
+    assert not (tmp_path / "d" / "pairs").exists()
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_file_of_pairs_is_exported_again_as_it_was(
     service: FakeService, exported: Path, tmp_path: Path
 ) -> None:
     (file,) = (exported / "pairs").iterdir()
-    done = export(service, "--pairs", str(file), "--out", str(tmp_path / "d"))
-    assert done.returncode == 0, done.stderr
+    export_here(service, "--pairs", str(file), "--out", str(tmp_path / "d"))
     both = [load(place, "pairs", tmp_path / "cache") for place in (exported, tmp_path / "d")]
     assert both[0].to_list() == both[1].to_list()
 
