@@ -43,6 +43,10 @@ format: setup  ## Rewrite the sources in the project's format
 bench: setup  ## Throughput through the gateway against bare vLLM and bare scorers, in one run
 	$(PY) -m benchmarks.gateway $(BENCH_ARGS)
 
+.PHONY: bench-uploads
+bench-uploads: setup  ## Memory of every process while large files are uploaded, within a bound
+	$(PY) -m benchmarks.uploads $(BENCH_ARGS)
+
 .PHONY: bench-scorers
 bench-scorers: setup  ## Scorers: engines, precisions, batch policies, fused and separate, the plain loop
 	$(PY) -m mora_serve models prepare --out .cache/models/SmolLM2-135M-Instruct

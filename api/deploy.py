@@ -117,6 +117,7 @@ def serve_until_stopped(settings: Settings) -> None:
         if settings.server.haproxy:
             logger.warning("no HAProxy binary found: serving through Serve's Python proxy")
         os.environ.update(python_proxy_environment())
+        settings = without_haproxy(settings)
     else:
         path, temporary = socket_directory(settings.data_dir)
         directory = path if temporary else None
@@ -126,6 +127,18 @@ def serve_until_stopped(settings: Settings) -> None:
     finally:
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def without_haproxy(settings: Settings) -> Settings:
+    """Settings for Serve's Python proxy, which holds whole bodies: no file larger than a part."""
+    server = settings.server
+    limit = min(server.max_upload_bytes, server.max_part_bytes)
+    if limit < server.max_upload_bytes:
+        logger.warning(
+            "without HAProxy a file may have %d bytes; larger ones go in parts or by uri", limit
+        )
+    bounded = server.model_copy(update={"max_upload_bytes": limit})
+    return settings.model_copy(update={"server": bounded})
 
 
 def _serve(settings: Settings, local: bool) -> None:

@@ -17,6 +17,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from api.direct_bodies import CALLBACK
+
 BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 MAX_SOCKET_CHARS = 97
 """Longest socket path that HAProxy takes: it keeps ten of ``sun_path``'s 107 for a suffix."""
@@ -74,6 +76,7 @@ def haproxy_environment(binary: str, directory: Path) -> dict[str, str]:
     stats_port, metrics_port, fallback_http, fallback_grpc = free_ports(4)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK,
         BINARY_VARIABLE: binary,
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),

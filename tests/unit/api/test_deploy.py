@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -16,8 +17,10 @@ from typing import Any
 import pytest
 import ray
 from ray import serve
+from ray.serve._private.http_util import parse_disconnect_disabled_header
+from starlette.types import Receive, Scope, Send
 
-from api import deploy, proxy
+from api import deploy, direct_bodies, proxy
 from mora_serve.config import ENV_CONFIG, dump_settings, load_settings
 from mora_serve.errors import ConfigError
 from mora_serve.stack import StackError, resolve_settings
@@ -243,7 +246,8 @@ def haproxy_metrics_socket(directory: str) -> str:
 
 def test_every_file_of_haproxy_is_in_its_directory_and_ports_are_free(tmp_path: Path) -> None:
     first = proxy.haproxy_environment("/bin/haproxy", tmp_path)
-    paths = [value for name, value in first.items() if name.endswith(("_LOC", "_PATH", "_BASE"))]
+    haproxy = {k: v for k, v in first.items() if k.startswith("RAY_SERVE_HAPROXY_")}
+    paths = [value for name, value in haproxy.items() if name.endswith(("_LOC", "_PATH", "_BASE"))]
 
     assert first["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
     assert all(path.startswith((str(tmp_path), "/bin/haproxy")) for path in paths)
@@ -252,11 +256,58 @@ def test_every_file_of_haproxy_is_in_its_directory_and_ports_are_free(tmp_path: 
     assert "8500" not in ports, "a shared default port lets another stack answer for this one"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "direct"),
+    [
+        ("POST", "/v1/files", True),
+        ("POST", "/v1/uploads/upload_1/parts", True),
+        ("GET", "/v1/files", False),
+        ("POST", "/v1/uploads/upload_1/complete", False),
+        ("POST", "/v1/diagnostics", False),
+    ],
+)
+async def test_serve_is_told_to_leave_uploads_to_the_application(
+    method: str, path: str, direct: bool
+) -> None:
+    seen: list[Scope] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope)
+
+    async def unused(*_: Any) -> Any:
+        raise AssertionError
+
+    given = [(b"x-request-disconnect-disabled", b"?0"), (b"a", b"b")]
+    scope = {"type": "http", "method": method, "path": path, "headers": given}
+    for middleware in direct_bodies.middlewares():
+        wrapped = middleware.cls(app, *middleware.args, **middleware.kwargs)
+        await wrapped(scope, unused, unused)
+
+    headers = dict(seen[0]["headers"])
+    assert parse_disconnect_disabled_header(headers) is direct
+    assert headers[b"a"] == b"b"
+
+
+def test_callback_is_where_serve_is_told_to_find_it(tmp_path: Path) -> None:
+    environment = proxy.haproxy_environment("/bin/haproxy", tmp_path)
+    module, name = environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].split(":")
+
+    assert getattr(importlib.import_module(module), name) is direct_bodies.middlewares
+
+
 def test_python_proxy_is_not_silently_replaced_by_direct_ingress() -> None:
     environment = {**proxy.common_environment(local=True), **proxy.python_proxy_environment()}
 
     assert environment["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
     assert environment["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "0"
+
+
+def test_without_haproxy_no_upload_is_larger_than_a_part() -> None:
+    bounded = deploy.without_haproxy(make_settings()).server
+    small = make_settings(server={"max_upload_bytes": 2048})
+
+    assert bounded.max_upload_bytes == bounded.max_part_bytes
+    assert deploy.without_haproxy(small) == small
 
 
 def test_failure_report_is_the_last_line_of_serves_traceback() -> None:
