@@ -32,7 +32,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.num_inside = 0
-        """Users who are inside together."""
+        """Users who are inside, together or alone."""
         self._is_closed = False
         self.is_paused = False
         """Whether newcomers wait because of :meth:`pause`."""
@@ -51,12 +51,16 @@ class Gate:
 
     @asynccontextmanager
     async def closed(self) -> AsyncIterator[None]:
-        """Alone: keeps newcomers out, waits until everyone inside has left."""
+        """Alone: keeps newcomers out, waits until everyone inside has left and no pause is on."""
         await self._until(lambda: not self._is_closed)
         self._is_closed = True
         try:
-            await self._until(lambda: self.num_inside == 0)
-            yield
+            await self._until(lambda: not (self.num_inside or self.is_paused))
+            self.num_inside += 1
+            try:
+                yield
+            finally:
+                self.num_inside -= 1
         finally:
             self._is_closed = False
             self._wake()

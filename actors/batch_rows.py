@@ -26,6 +26,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from actors.isolation import Isolation, Place
+from actors.quarantine import QuarantineLostError
 from mora_serve.config import RunnerSettings
 from mora_serve.errors import (
     InvalidRequestError,
@@ -121,15 +122,19 @@ class RowWorker:
     ) -> RowResult:
         budget = _Budget(self._settings, self._clock, place)
         while True:
-            async with self._isolation.enter(budget.place) as service:
-                if begin is not None and budget.failures == 0:
-                    self._check_runners(await begin())
-                try:
-                    return await service.run_row(request)
-                except InvalidRequestError:
-                    raise
-                except Exception as error:  # noqa: BLE001  any bug must cost this row alone
-                    failure = error
+            try:
+                async with self._isolation.enter(budget.place) as service:
+                    if begin is not None and budget.failures == 0:
+                        self._check_runners(await begin())
+                    try:
+                        return await service.run_row(request)
+                    except InvalidRequestError:
+                        raise
+                    except Exception as error:  # noqa: BLE001  any bug must cost this row alone
+                        failure = error
+            except QuarantineLostError:
+                log.warning("a row of %s waits for another quarantine", self._batch_id)
+                continue
             code = budget.spend(failure)
             if code is not None:
                 cause = None if isinstance(failure, MoraError) else failure

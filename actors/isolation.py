@@ -10,7 +10,7 @@ row whose engine was lost is a suspect, and moves on with each loss::
 Most losses have other reasons, and then nothing but the suspects themselves waits. A row is given
 up only when an engine ended while it was in quarantine: however many rows of a batch end engines,
 the others come through. A row that runners may have died of runs *alone*, with nothing else of its
-own runner in flight.
+own runner in flight, and not while another runner has the quarantine.
 
 With N rows in flight the square root of N may be aside: a lost engine costs N / sqrt(N) turns, and
 a row that ends another one sends sqrt(N) rows into quarantine.
@@ -75,7 +75,10 @@ class Isolation:
 
     @asynccontextmanager
     async def enter(self, place: Place) -> AsyncIterator[RowService]:
-        """Wait for room in ``place``, and have it while the context is open."""
+        """Wait for room in ``place``, and have it while the context is open.
+
+        Raises ``QuarantineLostError`` out of a quarantine that ended too early.
+        """
         if place is Place.TOGETHER:
             async with self._gate.open():
                 yield self._service

@@ -5,7 +5,8 @@ Engines are shared by runners, so a row is alone in an engine only when every ru
     holder   claim in the store -> wait until every living runner is quiet for it -> its row runs
     others   report every period -> see the claim -> start nothing -> last row out -> report quiet
 
-A runner that stops reporting is taken for dead after a time, and a claim that is not renewed ends.
+A runner that stops reporting is taken for dead after a time, and a claim that is not renewed ends:
+so does what its holder did under it, for others may run rows from then on.
 What the gateway asks of the engines meanwhile is not held back.
 """
 
@@ -27,6 +28,10 @@ log = logging.getLogger(__name__)
 CLAIM_TTL_S = 15.0
 REPORT_TTL_S = 15.0
 """Both outlast a restart of the store."""
+
+
+class QuarantineLostError(MoraError):
+    """The claim ended, or became another's, while it was needed. What ran is to be done again."""
 
 
 class QuarantineStore(Protocol):
@@ -73,14 +78,25 @@ class Quarantine:
 
     @asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
-        """Have the quarantine; waits for it, and for the store when that is away."""
+        """Have the quarantine; waits for it, and for the store when that is away.
+
+        Cancels the block and raises ``QuarantineLostError`` when the claim is lost meanwhile.
+        """
         claim = self._claim = f"{self._worker}/{uuid.uuid4().hex}"
         await self._until(lambda: self._store.claim_quarantine(claim, CLAIM_TTL_S))
-        renewing = asyncio.create_task(self._renew(claim))
+        end = asyncio.timeout(CLAIM_TTL_S)
         try:
-            yield
+            async with end:
+                renewing = asyncio.create_task(self._renew(claim, end))
+                try:
+                    yield
+                finally:
+                    renewing.cancel()
+        except TimeoutError:
+            if not end.expired():
+                raise
+            raise QuarantineLostError("the quarantine ended under its holder") from None
         finally:
-            renewing.cancel()
             with contextlib.suppress(MoraError):
                 await self._store.leave_quarantine(claim)
 
@@ -94,11 +110,18 @@ class Quarantine:
 
         await self._until(quiet)
 
-    async def _renew(self, claim: str) -> None:
-        while True:
-            await asyncio.sleep(CLAIM_TTL_S / 5)
+    async def _renew(self, claim: str, end: asyncio.Timeout) -> None:
+        """Move ``end`` on with every renewal: it comes no later than the claim's own end."""
+        clock = asyncio.get_running_loop().time
+        while not end.expired():
+            asked_at, renewed = clock(), None
             with contextlib.suppress(StorageError):
-                await self._store.claim_quarantine(claim, CLAIM_TTL_S)
+                renewed = await self._store.claim_quarantine(claim, CLAIM_TTL_S)
+            if end.expired():
+                return
+            if renewed is not None:
+                end.reschedule(asked_at + CLAIM_TTL_S if renewed else asked_at)
+            await asyncio.sleep(CLAIM_TTL_S / 5)
 
     async def _until(self, holds: Callable[[], Awaitable[bool]]) -> None:
         while True:

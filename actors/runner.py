@@ -36,7 +36,11 @@ from mora_serve.store import Stores
 log = logging.getLogger(__name__)
 
 MAX_LEASES = 4
-"""Shards one runner holds at a time: enough for several batches to advance side by side."""
+"""Shards one runner holds before it takes only those of batches it does not serve yet."""
+MAX_BATCHES = 64
+"""Batches one runner serves side by side; when there are more, they take turns."""
+ROWS_PER_TURN = 8
+"""Rows a shard may start before it has to make room for a batch that is not served."""
 ROW_LISTS = ListCalls(max_items=64, window_s=0.05)
 """Rows wait longer for company than callers do: nobody waits for a single row, the time is little
 beside what sampling takes, and lists of a dozen cost a fraction of a dozen calls."""
@@ -146,16 +150,25 @@ class BatchRunner:
     # work
 
     async def _lease_next(self) -> bool:
-        """Lease another shard: any when rows run dry, else only of batches not served yet."""
-        if len(self._shards) >= MAX_LEASES:
+        """Lease another shard: any when rows run dry, else only of batches not served yet.
+
+        A batch that is not served gets a lease however many shards are held; beyond
+        ``MAX_BATCHES`` the shard that has started the most rows is handed back for it.
+        """
+        runs = list(self._shards.values())
+        held = {run.lease.batch_id for run in runs}
+        full = len(held) >= MAX_BATCHES
+        leaving = _had_its_turn(runs) if full else None
+        if full and leaving is None:
             return False
-        held = {run.lease.batch_id for run in self._shards.values()}
-        dry = all(run.all_started for run in self._shards.values())
+        dry = len(runs) < MAX_LEASES and all(run.all_started for run in runs)
         lease = await self._stores.batches.lease_shard(
             self._worker_id, self._limits.lease_ttl_s, exclude=() if dry else tuple(held)
         )
         if lease is None:
             return False
+        if leaving is not None:
+            leaving.hand_back()
         await self._start(lease)
         return True
 
@@ -210,6 +223,14 @@ class BatchRunner:
     async def _sweep(self) -> bool:
         await self._stores.batches.sweep()
         return False
+
+
+def _had_its_turn(runs: list[ShardRun]) -> ShardRun | None:
+    """The shard to be handed back next; one at a time."""
+    turns = [r for r in runs if r.num_started >= ROWS_PER_TURN and not r.all_started]
+    if not turns or any(run.is_leaving for run in runs):
+        return None
+    return max(turns, key=lambda run: run.num_started)
 
 
 def _unless_expected(error: BaseException) -> BaseException | None:

@@ -83,6 +83,14 @@ class ShardRun:
         self._unseen_rows = 0
         self.all_started = False
         """True once no row of the shard waits to be started; ``on_started`` was called then."""
+        self.num_started = 0
+        """Rows that were started under this lease."""
+        self.is_leaving = False
+        """True once the shard is to be handed back, see :meth:`hand_back`."""
+
+    def hand_back(self) -> None:
+        """Start no further row, and release the shard once those in flight are committed."""
+        self.is_leaving = True
 
     async def run(self) -> bool:
         """True when the shard was sealed. A ``MoraError`` leaves the shard to its lease's end."""
@@ -106,7 +114,7 @@ class ShardRun:
                 await self._stores.batches.release(self.lease)
 
     async def _rows(self) -> bool:
-        """Work on every missing row; False when the runner stops before all were started."""
+        """Work on every missing row; False when the shard is to go before all were started."""
         duplicates = await self._duplicates()
         suspects: list[Line] = []
         tasks: set[asyncio.Task[None]] = set()
@@ -138,12 +146,13 @@ class ShardRun:
         tasks: set[asyncio.Task[None]],
         place: Place = Place.TOGETHER,
     ) -> bool:
-        """Start a row once it has room and a permit; False when the runner stops instead."""
+        """Start a row once it has room and a permit; False when the shard is to go instead."""
         await self._room()
         await self._permits.acquire()
-        if self._stopping.is_set():
+        if self._stopping.is_set() or self.is_leaving:
             self._permits.release()
             return False
+        self.num_started += 1
         task = asyncio.create_task(self._row(line, duplicate, place))
         task.add_done_callback(lambda _: self._permits.release())
         tasks.add(task)
@@ -212,7 +221,7 @@ class ShardRun:
         self._unseen_rows = self._limits.max_stream_tail // LOOKS_PER_TAIL
         batch_id, pairs = self.lease.batch_id, self._stores.pairs
         most = self._limits.max_stream_tail
-        while not self._stopping.is_set():
+        while not (self._stopping.is_set() or self.is_leaving):
             if await self._lasting(lambda: pairs.tail_length(batch_id)) < most:
                 return
             await self._lasting(lambda: pairs.seal(batch_id, everything=True))

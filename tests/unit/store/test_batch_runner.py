@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from actors import batch_rows
+from actors import runner as runner_module
 from actors.runner import BatchRunner
 from mora_serve.errors import (
     GenerationError,
@@ -418,3 +419,51 @@ async def test_a_small_batch_behind_a_huge_one_takes_turns_with_it() -> None:
     # with the huge one: three rows of it for one. Before that the small one is validated.
     assert order[first:last].count("h") <= 4 * 50
     assert order[before:last].count("h") <= 6 * 50
+
+
+async def test_a_newcomer_gets_rows_at_once_however_many_huge_batches_are_served() -> None:
+    order: list[str] = []
+    stores = Stores.memory()
+
+    async def answer(prompt: str) -> None:
+        await asyncio.sleep(0)
+        order.append(prompt[0])
+
+    def rows(name: str, number: int) -> list[bytes]:
+        return [row_line(n, body={"prompt": f"{name}{n}"}) for n in range(number)]
+
+    service = EchoService(lambda prompt, _call: answer(prompt))
+    huge = "abcdefgh"
+    for name in huge:
+        await submit(stores, rows(name, 1000), name)
+    async with running(make_runner(stores, service, shard_rows=1000, max_in_flight_rows=16)):
+        while set(order) != set(huge):
+            await asyncio.sleep(0)
+        small = await submit(stores, rows("small", 5), "small")
+        while (await stores.batches.get_batch(small))["status"] == "validating":
+            await asyncio.sleep(0)
+        before = len(order)
+        assert (await ended(stores, small))["request_counts"]["completed"] == 5
+    assert order[before:].count("s") == 5
+    last = len(order) - order[::-1].index("s")
+    # Permits go round: a row of each batch for one of the newcomer, after what is in flight.
+    assert last - before <= 16 + 2 * 5 * (len(huge) + 1)
+
+
+async def test_batches_beyond_what_a_runner_serves_at_once_take_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner_module, "MAX_BATCHES", 2)
+    order: list[str] = []
+    stores = Stores.memory()
+    service = EchoService(lambda prompt, _call: order.append(prompt[0]))
+    ids = [
+        await submit(stores, [row_line(n, body={"prompt": f"{name}{n}"}) for n in range(200)], name)
+        for name in "abcdef"
+    ]
+    async with running(make_runner(stores, service, shard_rows=200, max_in_flight_rows=4)):
+        for batch_id in ids:
+            counts = (await ended(stores, batch_id))["request_counts"]
+            assert counts == {"total": 200, "completed": 200, "failed": 0}
+    assert max(order.index(name) for name in "abcdef") < 200
+    assert len(order) == 6 * 200
