@@ -71,7 +71,8 @@ class BatchValidator:
         if is_plain(parts) and not registered:
             return blob
         key = f"batches/{batch_id}/input/rows.jsonl"
-        await blobs.put(key, stream(parts, blobs, endpoint, self._settings.max_input_bytes))
+        most = self._settings.max_input_bytes
+        await blobs.put(key, stream(parts, blobs, endpoint, most, self._max_line_bytes))
         return key
 
     async def _scan(self, batch_id: str, blob: str) -> tuple[list[Any], int]:

@@ -42,6 +42,13 @@ class LineMaker:
         self._has_ids = "custom_id" in columns
         self._lines = "body" in columns
         self._single = _SINGLE.get(endpoint, ()) if _is_single(endpoint, columns) else ()
+        for column in columns:
+            if columns.count(column) > 1:
+                raise InputFault(
+                    "duplicate_column",
+                    f"{place}: column {column[:80]!r} must be there once; drop or rename it",
+                    param=column[:80],
+                )
         known = set(_LINE_COLUMNS) if self._lines else {"custom_id", *self._fields()}
         for column in columns:
             if column not in known:
@@ -63,12 +70,11 @@ class LineMaker:
         else:
             body, method, url = self._body(values), "POST", self._endpoint
         line = {"custom_id": custom_id, "method": method, "url": url, "body": body}
-        return (
-            json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode(
-                "utf-8", "backslashreplace"
-            )
-            + b"\n"
-        )
+        try:
+            return _json_line(line)
+        except RecursionError:
+            # As text it is no body, and fails with its row.
+            return _json_line({**line, "body": values.get("body")})
 
     def _fields(self) -> set[str]:
         fields = set(BODIES[self._endpoint].model_fields)
@@ -97,6 +103,11 @@ class LineMaker:
 
 def _is_single(endpoint: str, columns: Sequence[str]) -> bool:
     return not set(_REQUIRED[endpoint]) & set(columns)
+
+
+def _json_line(line: dict[str, Any]) -> bytes:
+    text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _parsed(body: Any) -> Any:

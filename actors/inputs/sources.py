@@ -50,7 +50,8 @@ async def input_parts(blobs: BlobStore, filename: str, key: str) -> list[Part]:
             "the directory holds a dataset of several splits; register the directory of one",
         )
     if _STATE in files:
-        state = b"".join([chunk async for chunk in blobs.open_read(f"{key}/{_STATE}")])
+        chunks = blobs.open_read(f"{key}/{_STATE}", length=_MAX_STATE_BYTES)
+        state = b"".join([chunk async for chunk in chunks])
         names = _saved_files(state, files)
         return [Part(name, f"{key}/{name}", "arrow") for name in names]
     parts = [Part(name, f"{key}/{name}", _format(name)) for name in _data_files(files)]
@@ -85,11 +86,11 @@ def _data_files(names: Iterable[str]) -> list[str]:
 
 def _saved_files(state: bytes, files: Mapping[str, int]) -> list[str]:
     try:
-        names = [item["filename"] for item in json.loads(state[:_MAX_STATE_BYTES])["_data_files"]]
-    except (ValueError, KeyError, TypeError):
+        names = [item["filename"] for item in json.loads(state)["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputFault("invalid_dataset", f"{_STATE} must be that of a saved dataset") from None
     for name in names:
-        if name not in files:
+        if not isinstance(name, str) or name not in files:
             raise InputFault(
                 "invalid_dataset", f"{_STATE} must name files of the dataset's directory"
             )

@@ -25,6 +25,7 @@ from mora_serve.store.blobs import FsspecBlobs
 
 REWRITES, SCORES, DIAGNOSTICS = "/v1/rewrites", "/v1/scores", "/v1/diagnostics"
 PROMPTS = [{"prompt": f"question {number}", "n": 8} for number in range(600)]
+MAX_LINE_BYTES = 4 * 2**20
 TURNS = [{"role": "user", "content": "why?"}]
 
 
@@ -33,7 +34,9 @@ async def lines(
 ) -> list[dict[str, Any]]:
     blobs = FsspecBlobs(str(path.parent / "blobs"), uri_prefixes=[str(path.parent)])
     parts = await input_parts(blobs, path.name, f"file://{path}")
-    data = b"".join([piece async for piece in stream(parts, blobs, endpoint, max_bytes)])
+    data = b"".join(
+        [piece async for piece in stream(parts, blobs, endpoint, max_bytes, MAX_LINE_BYTES)]
+    )
     rows = [json.loads(line) for line in data.splitlines()]
     assert data == b"" or data.endswith(b"\n")
     return rows
@@ -146,6 +149,107 @@ async def test_broken_parquet_is_a_fault_of_the_input(tmp_path: Path, data: byte
     assert (await fault(path)).code == "invalid_file"
 
 
+def misspelt_text() -> pa.Array:
+    """Two texts, the second of which is no UTF-8."""
+    offsets = pa.py_buffer(b"\0\0\0\0\3\0\0\0\6\0\0\0")
+    return pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"abc\xff\xfez"))
+
+
+async def test_text_that_is_not_utf8_is_a_fault_of_the_input(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"prompt": misspelt_text()}), path)
+
+    assert (await fault(path)).code == "invalid_encoding"
+
+
+async def test_saved_dataset_with_text_that_is_not_utf8_is_a_fault(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    batch = pa.record_batch({"prompt": misspelt_text()})
+    with pa.ipc.new_stream(str(data / "d.arrow"), batch.schema) as writer:
+        writer.write_batch(batch)
+    (data / "state.json").write_text('{"_data_files": [{"filename": "d.arrow"}]}')
+
+    assert (await fault(data)).code in ("invalid_encoding", "invalid_file")
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), TypeError("x"), RecursionError(), KeyError("x"), OSError("x")]
+)
+async def test_whatever_a_reader_raises_is_a_fault_of_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
+
+    path = write_parquet(tmp_path / "x.parquet", PROMPTS)
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile.iter_batches", broken)
+
+    assert (await fault(path)).code == "invalid_file"
+
+
+@pytest.mark.parametrize(
+    "files", ['[{"filename": {"a": 1}}]', '[{"filename": 3}]', "[" * 200_000, "7", '[""]']
+)
+async def test_state_that_is_not_that_of_a_dataset_is_a_fault(tmp_path: Path, files: str) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "state.json").write_text('{"_data_files": ' + files + "}")
+
+    assert (await fault(data)).code == "invalid_dataset"
+
+
+async def test_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], ["prompt"] * 2), path)
+
+    found = await fault(path)
+
+    assert (found.code, found.param) == ("duplicate_column", "prompt")
+
+
+def test_body_too_deep_to_be_written_stays_text() -> None:
+    maker = LineMaker(REWRITES, ["custom_id", "body"], "x")
+    for depth in range(900, 1000):
+        text = '{"a":' + "[" * depth + "]" * depth + "}"
+        assert maker.line({"custom_id": "a", "body": text}, 0).endswith(b"\n")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("in_dictionary", [False, True])
+async def test_one_long_text_in_every_row_is_made_lines_row_by_row(
+    tmp_path: Path, nested: bool, in_dictionary: bool
+) -> None:
+    path = tmp_path / "x.parquet"
+    text = "x" * 2**20
+    prompts: Any = pa.array([text])
+    if nested:
+        prompts = pa.array([[{"role": "user", "content": text}]])
+    elif in_dictionary:
+        prompts = prompts.dictionary_encode()
+    pq.write_table(pa.table({"prompt": prompts.take(pa.array([0] * 256))}), path)
+    blobs = FsspecBlobs(str(tmp_path / "blobs"), uri_prefixes=[str(tmp_path)])
+    parts = await input_parts(blobs, path.name, f"file://{path}")
+    before, most, longest = pa.total_allocated_bytes(), 0, 0
+    tracemalloc.start()
+    try:
+        async for piece in stream(parts, blobs, REWRITES, 10**9, MAX_LINE_BYTES):
+            most = max(most, pa.total_allocated_bytes() - before)
+            longest = max(longest, len(piece))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert longest < 2 * 2**20
+    assert max(most, peak) < 32 * 2**20
+
+
+async def test_row_over_the_limit_of_a_line_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", [{"prompt": "x" * (MAX_LINE_BYTES + 1)}])
+
+    assert (await fault(path)).code == "row_too_large"
+
+
 async def test_large_parquet_is_read_in_pieces(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     with pq.ParquetWriter(path, pa.schema([("prompt", pa.string())])) as writer:
@@ -157,7 +261,7 @@ async def test_large_parquet_is_read_in_pieces(tmp_path: Path) -> None:
     pa.default_memory_pool().release_unused()
     before, most, total, num_rows = pa.total_allocated_bytes(), 0, 0, 0
 
-    async for piece in stream(parts, blobs, REWRITES, 10**9):
+    async for piece in stream(parts, blobs, REWRITES, 10**9, MAX_LINE_BYTES):
         most = max(most, pa.total_allocated_bytes() - before)
         total += len(piece)
         num_rows += piece.count(b"\n")
@@ -252,7 +356,7 @@ async def test_link_out_of_a_dataset_directory_is_refused(tmp_path: Path) -> Non
     parts = await input_parts(blobs, "data", f"file://{data}")
 
     with pytest.raises(InvalidRequestError) as refused:
-        [piece async for piece in stream(parts, blobs, REWRITES, 10**6)]
+        [piece async for piece in stream(parts, blobs, REWRITES, 10**6, MAX_LINE_BYTES)]
     assert refused.value.code == "uri_not_allowed"
 
 
@@ -277,7 +381,7 @@ async def test_storage_that_fails_while_a_table_is_read_is_not_the_inputs_fault(
     monkeypatch.setattr("mora_serve.store.blobs._Mapped.readinto", broken)
 
     with pytest.raises(StorageError):
-        [piece async for piece in stream(parts, blobs, REWRITES, 10**6)]
+        [piece async for piece in stream(parts, blobs, REWRITES, 10**6, MAX_LINE_BYTES)]
 
 
 @pytest.mark.parametrize(
