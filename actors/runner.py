@@ -86,9 +86,7 @@ class BatchRunner:
             max_line_bytes=settings.server.max_body_bytes,
             storage_timeout_s=settings.runner.unavailable_timeout_s,
         )
-        self._validator = BatchValidator(
-            stores, settings.runner, worker_id, self._limits.max_line_bytes
-        )
+        self._validator = BatchValidator(stores, settings.runner, self._limits.max_line_bytes)
         self._permits = asyncio.Semaphore(settings.runner.max_in_flight_rows)
         self._stopping = asyncio.Event()
         self._idle = asyncio.Event()
@@ -99,7 +97,7 @@ class BatchRunner:
         self._shards: dict[asyncio.Task[bool], ShardRun] = {}
 
     async def run(self) -> None:
-        """Work until ``stop``. Survives storage failures; only bugs end it with an exception."""
+        """Work until ``stop``. Steps that fail are repeated, whatever they fail with."""
         self._idle.clear()
         quarantine = asyncio.create_task(self._quarantine.run())
         loops = [
@@ -142,6 +140,10 @@ class BatchRunner:
                 failures += 1
                 worked, pause_s = False, backoff_s(failures, error)
                 log.warning("storage failed, trying again: %s", error)
+            except Exception as error:  # a bug in one step must not end the runner's other work
+                failures += 1
+                worked, pause_s = False, backoff_s(failures, error)
+                log.exception("%s failed, trying again", step.__name__)
             if not worked:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause_s):
@@ -213,12 +215,12 @@ class BatchRunner:
 
     async def _coordinate(self) -> bool:
         batches = self._stores.batches
-        batch = await batches.claim_validation(self._worker_id, self._limits.lease_ttl_s)
-        if batch is not None:
-            await self._validator.validate(batch)
+        claim = await batches.claim_validation(self._worker_id, self._limits.lease_ttl_s)
+        if claim is not None:
+            await self._validator.validate(claim)
             self._work_wake.set()
         finished = await batches.finalize_ready(self._worker_id, self._limits.lease_ttl_s)
-        return batch is not None or bool(finished)
+        return claim is not None or bool(finished)
 
     async def _sweep(self) -> bool:
         await self._stores.batches.sweep()

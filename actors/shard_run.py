@@ -29,6 +29,7 @@ from typing import TypeVar
 from actors.batch_rows import RowWorker, backoff_s
 from actors.isolation import Place
 from mora_serve.errors import LeaseLostError, MoraError, StorageError
+from mora_serve.identity import content_hash
 from mora_serve.ports import Lease
 from mora_serve.store import Stores
 from mora_serve.store.batch_input import Line, split_lines
@@ -52,9 +53,12 @@ class ShardLimits:
     """How long a step is repeated while the store fails; longer outages hand the shard back."""
 
 
-def duplicates_key(batch_id: str, first_line: int) -> str:
-    """Blob with the line numbers of a shard that repeat a ``custom_id``; absent when none does."""
-    return f"batches/{batch_id}/duplicates/{first_line:012d}.json"
+def duplicates_key(batch_id: str, blob: str, first_line: int) -> str:
+    """Blob with the line numbers of a shard that repeat a ``custom_id``; absent when none does.
+
+    ``blob`` is what the shard is cut from: two validators may have cut different ones.
+    """
+    return f"batches/{batch_id}/duplicates/{content_hash([blob])[:16]}/{first_line:012d}.json"
 
 
 class ShardRun:
@@ -207,7 +211,7 @@ class ShardRun:
             yield line
 
     async def _duplicates(self) -> frozenset[int]:
-        key = duplicates_key(self.lease.batch_id, self.lease.first_line)
+        key = duplicates_key(self.lease.batch_id, self._blob, self.lease.first_line)
         if not await self._stores.blobs.exists(key):
             return frozenset()
         data = b"".join([chunk async for chunk in self._stores.blobs.open_read(key)])

@@ -127,6 +127,17 @@ class Rewriter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class ValidationClaim:
+    """The right of one runner to validate ``batch``."""
+
+    batch: dict[str, Any]
+    number: int
+    """Of the claims on this batch, from 1: no two have the same."""
+    tries: int
+    """Claims with this one that ended, or may end, in nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """The right of one runner to work on one shard until ``expires_at``."""
 
@@ -273,12 +284,20 @@ class BatchStore(Protocol):
         ...
 
     # runner side
-    async def claim_validation(self, worker: str, ttl_s: float) -> dict[str, Any] | None:
+    async def claim_validation(self, worker: str, ttl_s: float) -> ValidationClaim | None:
         """A ``validating`` batch that nobody is validating now, or ``None``."""
         ...
 
-    async def renew_validation(self, batch_id: str, worker: str, ttl_s: float) -> bool:
-        """Extend the claim; False when the batch ended or another runner validates it now."""
+    async def renew_validation(self, batch_id: str, claim: int, ttl_s: float) -> bool:
+        """Extend the claim; False when the batch left ``validating`` or was claimed again."""
+        ...
+
+    async def postpone_validation(self, batch_id: str, claim: int) -> float:
+        """Storage failed, so the try does not count; seconds since that first happened."""
+        ...
+
+    async def discard_validation(self, batch_id: str, blob: str | None) -> None:
+        """Have deleted what a validator wrote that could not open its batch."""
         ...
 
     async def open_batch(
@@ -287,8 +306,9 @@ class BatchStore(Protocol):
         shards: Sequence[tuple[int, int, int, int]],
         total: int,
         input_blob: str | None = None,
-    ) -> None:
-        """``(first_line, num_rows, offset_bytes, num_bytes)`` per shard; goes ``in_progress``.
+    ) -> bool:
+        """``(first_line, num_rows, offset_bytes, num_bytes)`` per shard; goes ``in_progress``,
+        or returns False when it is not ``validating`` any more.
 
         ``input_blob`` is what the shards cut up, where it is not the input file itself."""
         ...

@@ -12,7 +12,7 @@ from typing import Any
 
 from mora_serve.errors import ConflictError, StorageError
 from mora_serve.identity import new_id
-from mora_serve.ports import BlobStore, Lease, RowCommit, UploadState
+from mora_serve.ports import BlobStore, Lease, RowCommit, UploadState, ValidationClaim
 from mora_serve.store.assembly import Assembly
 from mora_serve.store.backlog import BacklogLimits, backlog_full
 from mora_serve.store.rate import recent_rate
@@ -265,14 +265,35 @@ class LedgerBatches:
 
     # runner side
 
-    async def claim_validation(self, worker: str, ttl_s: float) -> dict[str, Any] | None:
+    async def claim_validation(self, worker: str, ttl_s: float) -> ValidationClaim | None:
         """A batch to validate within ``ttl_s``, or longer with ``renew_validation``."""
-        batch_id = await self._steps.claim_validation(worker, ttl_s)
-        return None if batch_id is None else await self.get_batch(batch_id)
+        claimed = await self._steps.claim_validation(worker, ttl_s)
+        if claimed is None:
+            return None
+        batch_id, number, tries = claimed
+        return ValidationClaim(await self.get_batch(batch_id), number, tries)
 
-    async def renew_validation(self, batch_id: str, worker: str, ttl_s: float) -> bool:
-        """Extend the claim; False when the batch ended or another runner validates it now."""
-        return await self._steps.renew_claim(batch_id, worker, ttl_s)
+    async def renew_validation(self, batch_id: str, claim: int, ttl_s: float) -> bool:
+        """Extend the claim; False when the batch left ``validating`` or was claimed again."""
+        return await self._steps.renew_validation(batch_id, claim, ttl_s)
+
+    async def postpone_validation(self, batch_id: str, claim: int) -> float:
+        """Storage failed, not the validation: its try does not count.
+
+        Returns for how many seconds storage has been failing it."""
+        return await self._steps.postpone_validation(batch_id, claim)
+
+    async def discard_validation(self, batch_id: str, blob: str | None) -> None:
+        """Have deleted what a validator wrote that could not open its batch.
+
+        If the batch is over, that is all of its input: it may have been written after the end. If
+        another validator opened it, ``blob``. Else the batch's end does it."""
+        state = await self._state(batch_id)
+        if state.status in TERMINAL:
+            for name in ("input", "duplicates"):
+                await self._steps.reserve_blob(f"batches/{batch_id}/{name}/", 0.0)
+        elif blob is not None and state.status != "validating" and state.input_blob != blob:
+            await self._steps.reserve_blob(blob, 0.0)
 
     async def open_batch(
         self,
@@ -280,9 +301,9 @@ class LedgerBatches:
         shards: Sequence[tuple[int, int, int, int]],
         total: int,
         input_blob: str | None = None,
-    ) -> None:
-        """Start a validated batch. Without effect when it was cancelled or opened meanwhile."""
-        await self._steps.open_batch(batch_id, shards, total, input_blob)
+    ) -> bool:
+        """Start a validated batch. False, without effect, when it was cancelled or opened."""
+        return await self._steps.open_batch(batch_id, shards, total, input_blob)
 
     async def fail_batch(
         self,

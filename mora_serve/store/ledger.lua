@@ -369,10 +369,28 @@ function steps.claim_validation(worker, ttl)
     local state = call('HMGET', key(id), 'status', 'claim')
     if state[1] == 'validating' and number(state[2]) <= now then
       call('HSET', key(id), 'claim', whole(now + number(ttl)), 'claimer', worker)
-      return id
+      return { id, call('HINCRBY', key(id), 'claims', 1), call('HINCRBY', key(id), 'claim_tries', 1) }
     end
   end
   return false
+end
+
+local function validates(id, claim)
+  local state = call('HMGET', key(id), 'status', 'claims')
+  return state[1] == 'validating' and state[2] == claim
+end
+
+function steps.renew_validation(id, claim, ttl)
+  if not validates(id, claim) then return 0 end
+  call('HSET', key(id), 'claim', whole(now + number(ttl)))
+  return 1
+end
+
+function steps.postpone_validation(id, claim)
+  if not validates(id, claim) then return 0 end
+  call('HINCRBY', key(id), 'claim_tries', -1)
+  call('HSETNX', key(id), 'postponed', whole(now))
+  return whole(now - number(call('HGET', key(id), 'postponed')))
 end
 
 function steps.renew_claim(id, worker, ttl)

@@ -54,6 +54,9 @@ class _Batch:
     readers: dict[str, tuple[int, float]] = field(default_factory=dict)
     claim_until: float = 0.0
     claimer: str = ""
+    claims: int = 0
+    claim_tries: int = 0
+    postponed_at: float | None = None
     last_leased: int = 0
     outcome: str = "completed"
     input_bytes: int = 0
@@ -155,13 +158,31 @@ class MemoryLedger(MemoryFiles):
         batches = self._batches.values()
         return [self._snapshot(b) for b in batches if b.state.status not in TERMINAL]
 
-    async def claim_validation(self, worker: str, ttl_s: float) -> str | None:
+    async def claim_validation(self, worker: str, ttl_s: float) -> tuple[str, int, int] | None:
         now = self._clock()
         for batch_id, batch in self._batches.items():
             if batch.state.status == "validating" and batch.claim_until <= now:
                 batch.claim_until, batch.claimer = now + ttl_s, worker
-                return batch_id
+                batch.claims += 1
+                batch.claim_tries += 1
+                return batch_id, batch.claims, batch.claim_tries
         return None
+
+    async def renew_validation(self, batch_id: str, claim: int, ttl_s: float) -> bool:
+        batch = self._batches[batch_id]
+        if batch.state.status != "validating" or batch.claims != claim:
+            return False
+        batch.claim_until = self._clock() + ttl_s
+        return True
+
+    async def postpone_validation(self, batch_id: str, claim: int) -> float:
+        batch, now = self._batches[batch_id], self._clock()
+        if batch.state.status != "validating" or batch.claims != claim:
+            return 0.0
+        batch.claim_tries -= 1
+        if batch.postponed_at is None:
+            batch.postponed_at = now
+        return now - batch.postponed_at
 
     async def renew_claim(self, batch_id: str, worker: str, ttl_s: float) -> bool:
         batch = self._batches[batch_id]

@@ -89,8 +89,15 @@ class RedisLedger(RedisFiles):
         replies = await self._step("unfinished")
         return [state for reply in replies if (state := _state(reply)) is not None]
 
-    async def claim_validation(self, worker: str, ttl_s: float) -> str | None:
-        return text(await self._step("claim_validation", worker, _ms(ttl_s)))
+    async def claim_validation(self, worker: str, ttl_s: float) -> tuple[str, int, int] | None:
+        reply = await self._step("claim_validation", worker, _ms(ttl_s))
+        return None if reply is None else (str(reply[0].decode()), int(reply[1]), int(reply[2]))
+
+    async def renew_validation(self, batch_id: str, claim: int, ttl_s: float) -> bool:
+        return bool(await self._step("renew_validation", batch_id, claim, _ms(ttl_s)))
+
+    async def postpone_validation(self, batch_id: str, claim: int) -> float:
+        return float(await self._step("postpone_validation", batch_id, claim)) / 1000
 
     async def renew_claim(self, batch_id: str, worker: str, ttl_s: float) -> bool:
         return bool(await self._step("renew_claim", batch_id, worker, _ms(ttl_s)))

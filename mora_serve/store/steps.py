@@ -157,9 +157,20 @@ class LedgerSteps(FileSteps, Protocol):
         """Batches that are not in a terminal status."""
         ...
 
-    async def claim_validation(self, worker: str, ttl_s: float) -> str | None: ...
+    async def claim_validation(self, worker: str, ttl_s: float) -> tuple[str, int, int] | None:
+        """Id of a batch, number of this claim on it, and tries to validate it with this one."""
+        ...
+
+    async def renew_validation(self, batch_id: str, claim: int, ttl_s: float) -> bool:
+        """False when there is a later claim, or the batch is no longer ``validating``."""
+        ...
+
+    async def postpone_validation(self, batch_id: str, claim: int) -> float:
+        """Take the try of this claim back; returns seconds since that was first done."""
+        ...
+
     async def renew_claim(self, batch_id: str, worker: str, ttl_s: float) -> bool:
-        """Extend a claim on validation or assembly; False when it is someone else's or over."""
+        """Extend a claim on assembly; False when it is someone else's or over."""
         ...
 
     async def open_batch(

@@ -117,11 +117,20 @@ async def test_validation_is_claimed_by_one_runner_until_its_claim_lapses(stores
     batch_id = await new_batch(stores)
     claimed = await stores.batches.claim_validation("a", 100.0)
     assert claimed is not None
-    assert claimed["id"] == batch_id
+    assert (claimed.batch["id"], claimed.number, claimed.tries) == (batch_id, 1, 1)
     assert await stores.batches.claim_validation("b", 100.0) is None
-    assert not await stores.batches.renew_validation(batch_id, "b", 100.0)
-    assert await stores.batches.renew_validation(batch_id, "a", 0.0)
-    assert await stores.batches.claim_validation("b", 100.0) is not None
+    assert await stores.batches.renew_validation(batch_id, 1, 0.0)
+    again = await stores.batches.claim_validation("b", 0.0)
+    assert again is not None
+    assert (again.number, again.tries) == (2, 2)
+    assert not await stores.batches.renew_validation(batch_id, 1, 100.0)
+    assert await stores.batches.postpone_validation(batch_id, 1) == 0
+    assert await stores.batches.postpone_validation(batch_id, 2) >= 0
+    third = await stores.batches.claim_validation("a", 100.0)
+    assert third is not None
+    assert (third.number, third.tries) == (3, 2)
+    await stores.batches.cancel_batch(batch_id)
+    assert not await stores.batches.renew_validation(batch_id, 3, 100.0)
 
 
 async def test_a_failed_batch_names_the_line(stores: Stores) -> None:
