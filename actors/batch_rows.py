@@ -153,7 +153,7 @@ class RowWorker:
         if not self._defaults:
             return data
         try:
-            row = json.loads(data)
+            row = json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError):
             return data
         if not isinstance(row, dict) or not isinstance(row.get("body"), dict):

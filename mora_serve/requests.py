@@ -297,7 +297,9 @@ def custom_id_of(line: bytes | str) -> str | None:
 
 def _parse_line(line: bytes | str) -> dict[str, Any]:
     try:
-        row = json.loads(line, parse_constant=_no_constant)
+        # Bytes would be taken for UTF-16, and their byte order mark be passed over.
+        text = line if isinstance(line, str) else line.decode("utf-8")
+        row = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise InvalidRequestError("the line must be valid JSON", None, "invalid_json") from None
     if not isinstance(row, dict):

@@ -49,6 +49,13 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def is_plain_path(path: str) -> bool:
+    """Whether no layer below reads another path than this one."""
+    dots = any(segment in (".", "..") for segment in path.split("/"))
+    marks = "::" in path or any(c in path for c in "?#%*[]{}\\")
+    return not dots and not marks and path.isprintable()
+
+
 def _allowed(scheme: str, path: str, prefixes: Sequence[str]) -> bool:
     parsed = (_split(prefix if "://" in prefix else f"{LOCAL}://{prefix}") for prefix in prefixes)
     return any(scheme == allowed and _within(path, root) for allowed, root in parsed)
@@ -69,9 +76,7 @@ def _split(uri: str) -> tuple[str, str]:
     if not mark or not scheme.isascii() or not scheme.replace("+", "").isalnum():
         raise _malformed("must be an absolute URI such as s3://bucket/key")
     segments = rest.split("/")
-    if any(segment in (".", "..") for segment in segments) or any(
-        c in rest for c in "?#%*[]{}\\"
-    ) or not rest.isprintable() or "::" in uri:  # fmt: skip
+    if not is_plain_path(rest):
         raise _malformed("must be a plain path without '.', '..', wildcards, query or escapes")
     if scheme.lower() in _LOCAL_NAMES:
         if not rest.startswith("/"):

@@ -26,7 +26,7 @@ from api.uploads import Upload
 from mora_serve.errors import InvalidRequestError, StorageError
 from mora_serve.identity import new_id
 from mora_serve.store.shapes import file_object
-from mora_serve.uris import resolve_uri
+from mora_serve.uris import is_plain_path, resolve_uri
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
@@ -125,6 +125,14 @@ async def _size_of(deps: Deps, location: str, purpose: str) -> int:
             "uri",
             "uri_is_directory",
         )
+    for name in files:
+        if not is_plain_path(name):
+            raise InvalidRequestError(
+                f"uri must name a directory of files with plain names, got {name[:200]!r} in it; "
+                "rename that file",
+                "uri",
+                "invalid_file_name",
+            )
     return sum(files.values())
 
 

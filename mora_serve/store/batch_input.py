@@ -2,11 +2,13 @@
 
 :class:`InputScan` looks at a file once, piece by piece, and cuts it into shards; memory does not
 grow with the file: the ids seen are hashes in a temporary SQLite file. :func:`split_lines` reads a
-shard back. Line numbers are physical and count from 0; blank lines are no rows.
+shard back. Line numbers are physical and count from 0; blank lines are no rows. A byte order mark
+is passed over at the start of the file, and nowhere else.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import sqlite3
 import tempfile
@@ -152,6 +154,7 @@ class InputScan:
             self._shard = Shard(number, offset)
         shard = self._shard
         shard.num_bytes += size
+        line = _unmarked(line, number)
         if line is not None and not line.strip():
             return None
         shard.num_rows += 1
@@ -183,10 +186,16 @@ async def split_lines(
     splitter = LineSplitter(max_bytes)
     number = first_line
     async for chunk in chunks:
-        for data, _ in splitter.feed(chunk):
+        for line, _ in splitter.feed(chunk):
+            data = _unmarked(line, number)
             if data is None or data.strip():
                 yield Line(number, data)
             number += 1
-    for data, _ in splitter.finish():
+    for line, _ in splitter.finish():
+        data = _unmarked(line, number)
         if data is None or data.strip():
             yield Line(number, data)
+
+
+def _unmarked(line: bytes | None, number: int) -> bytes | None:
+    return line.removeprefix(codecs.BOM_UTF8) if line is not None and number == 0 else line

@@ -24,7 +24,7 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from mora_serve.errors import BlobNotFoundError, ConfigError, StorageError
+from mora_serve.errors import BlobNotFoundError, ConfigError, InvalidRequestError, StorageError
 from mora_serve.uris import open_within, resolve_uri
 
 CHUNK_BYTES = 2**20
@@ -110,7 +110,7 @@ class FsspecBlobs:
             root = fs.info(path)["name"].rstrip("/")
             found = fs.find(path, detail=True)
             return {
-                name.removeprefix(f"{root}/"): int(info["size"] or 0)
+                name.removeprefix(f"{root}/"): self._size_in(name, info)
                 for name, info in sorted(found.items())
             }
 
@@ -188,6 +188,15 @@ class FsspecBlobs:
             # What others write there is not ours to remember.
             fs.invalidate_cache()
         return fs, path
+
+    def _size_in(self, name: str, info: Mapping[str, Any]) -> int:
+        """Bytes of a file in a registered directory; of a link only where it may be followed."""
+        if info.get("islink"):
+            try:
+                resolve_uri(f"file://{name}", self._uri_prefixes)
+            except InvalidRequestError:
+                return 0
+        return int(info["size"] or 0)
 
     def _open(self, key: str) -> IO[bytes]:
         fs, path = self._locate(key)

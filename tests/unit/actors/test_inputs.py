@@ -360,6 +360,18 @@ async def test_link_out_of_a_dataset_directory_is_refused(tmp_path: Path) -> Non
     assert refused.value.code == "uri_not_allowed"
 
 
+async def test_size_of_a_file_behind_a_link_out_of_the_prefixes_is_not_told(tmp_path: Path) -> None:
+    data, secret = tmp_path / "allowed" / "data", tmp_path / "secret"
+    data.mkdir(parents=True)
+    for path in (secret, tmp_path / "allowed" / "rows"):
+        path.write_bytes(bytes(1000))
+    (data / "a.jsonl").symlink_to(secret)
+    (data / "b.jsonl").symlink_to("../rows")
+    blobs = FsspecBlobs(str(tmp_path / "blobs"), uri_prefixes=[str(tmp_path / "allowed")])
+
+    assert await blobs.tree(f"file://{data}") == {"a.jsonl": 0, "b.jsonl": 1000}
+
+
 async def test_pipe_and_device_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     blobs = FsspecBlobs(str(tmp_path / "blobs"), uri_prefixes=[str(tmp_path), "file:///dev"])

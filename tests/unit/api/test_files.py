@@ -289,6 +289,25 @@ async def test_uri_outside_the_prefixes_is_refused(tmp_path: Path, path: str) ->
     assert error_of(response)["param"] == "uri"
 
 
+@pytest.mark.parametrize("name", ["a#b.jsonl", "50%25.jsonl", "[1].jsonl", "what?.jsonl"])
+async def test_directory_with_a_name_that_no_uri_has_is_refused_by_that_name(
+    tmp_path: Path, name: str
+) -> None:
+    data = tmp_path / "data" / "set"
+    data.mkdir(parents=True)
+    (data / "0.jsonl").write_bytes(ROW)
+    (data / name).write_bytes(ROW)
+    deps = blob_deps(tmp_path / "blobs", file_uri_prefixes=[f"file://{tmp_path}/data"])
+    async with make_client(create_app(deps)) as client:
+        response = await client.post(
+            "/v1/files", json={"uri": f"file://{data}", "purpose": "batch"}
+        )
+
+    assert response.status_code == 400, response.text
+    assert error_of(response)["code"] == "invalid_file_name"
+    assert name in error_of(response)["message"]
+
+
 async def test_no_uri_is_allowed_by_default(client: httpx.AsyncClient) -> None:
     response = await client.post(
         "/v1/files", json={"uri": "file:///etc/passwd", "purpose": "batch"}

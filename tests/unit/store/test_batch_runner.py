@@ -95,6 +95,23 @@ async def test_bad_rows_end_in_the_error_file_and_stop_nothing(stores: Stores) -
     assert [item["error"]["line"] for item in errors] == [2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("options", [{}, {"defaults": {"n": 4}}])
+async def test_byte_order_mark_is_passed_over_at_the_start_of_the_input_alone(
+    options: dict[str, Any],
+) -> None:
+    stores, mark = Stores.memory(), b"\xef\xbb\xbf"
+    lines = [mark + row_line(0), row_line(0), mark + row_line(1), row_line(1)]
+    batch_id = await submit(stores, lines, **options)
+    async with running(make_runner(stores, EchoService())):
+        batch = await ended(stores, batch_id)
+    errors = await content(stores, batch["error_file_id"])
+    assert batch["request_counts"] == {"total": 4, "completed": 2, "failed": 2}
+    assert [(item["error"]["line"], item["error"]["code"]) for item in errors] == [
+        (2, "duplicate_custom_id"),
+        (3, "invalid_json"),
+    ]
+
+
 async def test_a_fault_that_the_service_finds_is_a_row_error(stores: Stores) -> None:
     def hook(prompt: str, _call: int) -> None:
         if prompt == "p1":
