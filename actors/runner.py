@@ -24,7 +24,7 @@ from actors.batch_rows import RowWorker, backoff_s
 from actors.batch_validation import BatchValidator
 from actors.isolation import Isolation, RowService
 from actors.quarantine import Quarantine
-from actors.shard_run import ShardLimits, ShardRun
+from actors.shard_run import ROWS_PER_TURN, ShardLimits, ShardRun
 from mora_serve.calibrators import load_calibrator
 from mora_serve.config import Settings
 from mora_serve.errors import MoraError, NotFoundError, StorageError
@@ -39,8 +39,6 @@ MAX_LEASES = 4
 """Shards one runner holds before it takes only those of batches it does not serve yet."""
 MAX_BATCHES = 64
 """Batches one runner serves side by side; when there are more, they take turns."""
-ROWS_PER_TURN = 8
-"""Rows a shard may start before it has to make room for a batch that is not served."""
 ROW_LISTS = ListCalls(max_items=64, window_s=0.05)
 """Rows wait longer for company than callers do: nobody waits for a single row, the time is little
 beside what sampling takes, and lists of a dozen cost a fraction of a dozen calls."""
@@ -197,7 +195,7 @@ class BatchRunner:
             limits=self._limits,
             permits=self._permits,
             stopping=self._stopping,
-            on_started=self._work_wake.set,
+            on_turn=self._work_wake.set,
         )
         task = asyncio.create_task(run.run())
         self._shards[task] = run

@@ -36,6 +36,8 @@ from mora_serve.store.batch_input import Line, split_lines
 
 log = logging.getLogger(__name__)
 
+ROWS_PER_TURN = 8
+"""Rows a shard may start before it has to make room for a batch that is not served."""
 LOOKS_PER_TAIL = 64
 """A shard looks at the pair tail again after starting this share of ``max_stream_tail`` in rows."""
 T = TypeVar("T")
@@ -74,7 +76,7 @@ class ShardRun:
         limits: ShardLimits,
         permits: asyncio.Semaphore,
         stopping: asyncio.Event,
-        on_started: Callable[[], None],
+        on_turn: Callable[[], None],
     ) -> None:
         self.lease = lease
         self._blob = blob
@@ -83,12 +85,12 @@ class ShardRun:
         self._limits = limits
         self._permits = permits
         self._stopping = stopping
-        self._on_started = on_started
+        self._on_turn = on_turn
         self._unseen_rows = 0
         self.all_started = False
-        """True once no row of the shard waits to be started; ``on_started`` was called then."""
+        """True once no row of the shard waits to be started; ``on_turn`` was called then."""
         self.num_started = 0
-        """Rows that were started under this lease."""
+        """Rows that were started under this lease; ``on_turn`` is called at ``ROWS_PER_TURN``."""
         self.is_leaving = False
         """True once the shard is to be handed back, see :meth:`hand_back`."""
 
@@ -157,6 +159,8 @@ class ShardRun:
             self._permits.release()
             return False
         self.num_started += 1
+        if self.num_started == ROWS_PER_TURN:
+            self._on_turn()
         task = asyncio.create_task(self._row(line, duplicate, place))
         task.add_done_callback(lambda _: self._permits.release())
         tasks.add(task)
@@ -202,7 +206,7 @@ class ShardRun:
 
     def _mark_started(self) -> None:
         self.all_started = True
-        self._on_started()
+        self._on_turn()
 
     async def _lines(self) -> AsyncGenerator[Line, None]:
         lease = self.lease

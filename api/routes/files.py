@@ -203,6 +203,10 @@ async def file_content(file_id: str, deps: DepsArg) -> Response:
 
 @router.delete("/{file_id}", response_model=FileDeleted)
 async def delete_file(file_id: str, deps: DepsArg) -> Response:
-    """Forget a file. Uploaded bytes are deleted; a registered ``uri`` is left alone."""
+    """Forget a file. Uploaded bytes are deleted; a registered ``uri`` is left alone.
+
+    With the output file of a batch go its pairs, once no reader is registered and no fine-tuning
+    job trains on them; so they do when ``output_expires_after`` ends the file.
+    """
     await deps.stores.batches.delete_file(file_id)
     return Json({"id": file_id, "object": "file", "deleted": True})

@@ -25,6 +25,7 @@ from api.uploads import Upload
 from mora_serve.errors import InvalidRequestError
 from mora_serve.identity import new_id
 from mora_serve.ports import UploadState
+from mora_serve.store import file_steps
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 
@@ -88,6 +89,7 @@ async def _part(upload_id: str, request: Request, context: Context) -> dict[str,
         await blobs.put(blob, form.file_chunks())
         try:
             await form.finish()
+            _require_bytes(form.num_bytes)
             upload = await batches.add_part(upload_id, part_id, form.num_bytes)
             _require_counted(upload, part_id)
         except BaseException:
@@ -171,9 +173,22 @@ def _require_pending(upload: UploadState) -> None:
         )
 
 
+def _require_bytes(num_bytes: int) -> None:
+    if num_bytes == 0:
+        raise InvalidRequestError(
+            "data must hold at least one byte, got 0", "data", "invalid_value"
+        )
+
+
 def _require_counted(upload: UploadState, part_id: str) -> None:
     if part_id not in upload.parts:
         _require_pending(upload)
+        if len(upload.parts) >= file_steps.MAX_PARTS:
+            raise InvalidRequestError(
+                f"an upload must have at most {file_steps.MAX_PARTS} parts; send larger ones",
+                "data",
+                "too_many_parts",
+            )
         raise InvalidRequestError(
             f"data must not exceed what the upload announced: {upload.doc['bytes']} bytes, of "
             f"which {upload.received_bytes} were received before",
@@ -183,13 +198,15 @@ def _require_counted(upload: UploadState, part_id: str) -> None:
 
 
 def _check_parts(upload: UploadState, part_ids: Sequence[str]) -> None:
+    named: set[str] = set()
     for index, part_id in enumerate(part_ids):
-        if part_id not in upload.parts or part_id in part_ids[:index]:
+        if part_id not in upload.parts or part_id in named:
             raise InvalidRequestError(
                 f"part_ids.{index} must be a part of this upload that is named once",
                 f"part_ids.{index}",
                 "invalid_value",
             )
+        named.add(part_id)
     num_bytes = sum(upload.parts[part_id] for part_id in part_ids)
     if num_bytes != upload.doc["bytes"]:
         raise InvalidRequestError(

@@ -60,13 +60,14 @@ class Stores:
         limits: BacklogLimits | None = None,
     ) -> Stores:
         """Stores within this process, for tests and simulations."""
-        ledger, blobs = MemoryLedger(clock), MemoryBlobs()
+        jobs, blobs = MemoryJobs(clock), MemoryBlobs()
+        ledger = MemoryLedger(clock, jobs.files_trained_on)
         batches = LedgerBatches(
             ledger, blobs, completion_window_s=completion_window_s, limits=limits
         )
         return cls(
             batches=batches,
-            jobs=MemoryJobs(clock),
+            jobs=jobs,
             pairs=LedgerPairs(ledger, blobs),
             blobs=blobs,
             metrics=MemoryMetrics(clock),

@@ -17,6 +17,18 @@ class BacklogLimits:
     max_bytes: int = 64 * 2**30
 
 
+TYPICAL_ROW_BYTES = 256
+"""A row of a short prompt as a JSON line: rather too many rows are expected than too few."""
+PACKED_FACTOR = 4
+"""JSON lines that a byte of Parquet, or of a directory of data files, may turn into."""
+
+
+def estimated_rows(filename: str, num_bytes: int) -> int:
+    """Rows of an input file that was not read yet, at least one."""
+    plain = filename.endswith((".jsonl", ".json", ".csv"))
+    return max(1, num_bytes * (1 if plain else PACKED_FACTOR) // TYPICAL_ROW_BYTES)
+
+
 def backlog_full(waiting: Backlog, input_bytes: int, limits: BacklogLimits) -> OverloadedError:
     """The refusal of a batch of ``input_bytes``."""
     return OverloadedError(

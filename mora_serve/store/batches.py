@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from mora_serve.errors import ConflictError, StorageError
+from mora_serve.errors import StorageError
 from mora_serve.identity import new_id
 from mora_serve.ports import BlobStore, Lease, RowCommit, UploadState, ValidationClaim
+from mora_serve.store import file_steps
 from mora_serve.store.assembly import Assembly
-from mora_serve.store.backlog import BacklogLimits, backlog_full
+from mora_serve.store.backlog import BacklogLimits, backlog_full, estimated_rows
 from mora_serve.store.rate import recent_rate
 from mora_serve.store.shapes import (
     batch_object,
@@ -89,21 +90,15 @@ class LedgerBatches:
     async def delete_file(self, file_id: str) -> None:
         """Forget a file and delete its bytes. Registered URIs outside the store are left alone.
 
-        Raises ``ConflictError`` while an unfinished batch reads the file.
+        The pairs of a batch go with its output file, once nobody reads them. Raises
+        ``ConflictError`` while an unfinished batch reads the file.
         """
-        for state in await self._steps.unfinished():
-            if state.doc["input_file_id"] == file_id:
-                raise ConflictError(
-                    f"file {file_id} must not be deleted while batch {state.doc['id']} reads it; "
-                    f"cancel the batch first",
-                    "file_id",
-                    "file_in_use",
-                )
         blob = await self._steps.delete_file(file_id)
         if blob is None:
             raise no_such("file", file_id, "file_id", "file_not_found")
         if "://" not in blob:
             await self._remove([blob])
+        await self._sweep_now()
 
     # uploads
 
@@ -120,7 +115,9 @@ class LedgerBatches:
         """Count a part whose bytes are stored; see whether it is among the ``parts``."""
         upload = await self.get_upload(upload_id)
         announced = int(upload.doc["bytes"])
-        added = await self._steps.add_part(upload_id, part_id, num_bytes, announced)
+        added = await self._steps.add_part(
+            upload_id, part_id, num_bytes, announced, file_steps.MAX_PARTS
+        )
         return _upload(upload_id, added)
 
     async def cancel_upload(self, upload_id: str) -> UploadState:
@@ -188,7 +185,8 @@ class LedgerBatches:
         }
         window_s = float(options.get("completion_window_s") or self._window_s)
         found = await self._steps.get_file(doc["input_file_id"])
-        input_bytes = 0 if found is None else int(found[0]["bytes"])
+        file = {} if found is None else found[0]
+        input_bytes = int(file.get("bytes") or 0)
         created = await self._steps.create_batch(
             doc,
             options,
@@ -196,6 +194,7 @@ class LedgerBatches:
             body_hash,
             window_s,
             input_bytes=input_bytes,
+            input_rows=estimated_rows(str(file.get("filename")), input_bytes),
             max_rows=self._limits.max_rows,
             max_bytes=self._limits.max_bytes,
         )
@@ -260,7 +259,7 @@ class LedgerBatches:
         }
 
     async def backlog_rows(self) -> int:
-        """Rows not committed yet; a batch that awaits validation or assembly counts as one."""
+        """Rows not committed yet; see :class:`~mora_serve.store.steps.Backlog`."""
         return (await self._steps.backlog()).rows
 
     # runner side

@@ -12,6 +12,9 @@ from typing import Any, Protocol
 
 from mora_serve.ports import UploadState
 
+MAX_PARTS = 10_000
+"""Parts of one upload. Every step on it tells them all."""
+
 
 class FileSteps(Protocol):
     """Implemented by the ledgers, see :mod:`mora_serve.store.steps`. All steps may be repeated."""
@@ -36,14 +39,17 @@ class FileSteps(Protocol):
     async def delete_file(self, file_id: str) -> str | None:
         """Forget the file; returns its blob key, ``None`` when there is no such file.
 
-        The blob is to be collected, unless it is a registered URI."""
+        The blob is to be collected, unless it is a registered URI. Raises ``ConflictError`` while
+        an unfinished batch reads the file."""
         ...
 
     async def collect(self, limit: int) -> list[str]:
         """End uploads and forget files whose time is over; blobs to delete, at most ``limit``.
 
         An entry that ends in ``/`` is a prefix of keys. Entries come again until they were reported
-        with ``collected``. A file that an unfinished batch reads is kept until that has ended."""
+        with ``collected``. A file that an unfinished batch reads is kept until that has ended.
+        The pairs of a batch whose output file is gone go once no registered reader and no active
+        fine-tuning job reads them."""
         ...
 
     async def collected(self, entries: Sequence[str]) -> None: ...
@@ -54,9 +60,10 @@ class FileSteps(Protocol):
 
     async def get_upload(self, upload_id: str) -> UploadState | None: ...
     async def add_part(
-        self, upload_id: str, part_id: str, num_bytes: int, announced: int
+        self, upload_id: str, part_id: str, num_bytes: int, announced: int, max_parts: int
     ) -> UploadState | None:
-        """Record a part; without effect when the upload is over or gets more than ``announced``."""
+        """Record a part; without effect when the upload is over, or gets more than ``announced``
+        bytes or ``max_parts``."""
         ...
 
     async def cancel_upload(self, upload_id: str) -> UploadState | None: ...

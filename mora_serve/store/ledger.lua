@@ -9,6 +9,8 @@
 --                         sealed, tail, parts, readers, rate (ring of buckets, see rate.py)
 --   <p>:<name>:index/docs a collection of JSON documents (files, jobs, events, policies ...)
 --   <p>:files:expiry      zset of file ids, score = Unix seconds of the end
+--   <p>:outputs           hash: output file id -> its batch, as long as the file is there
+--   <p>:orphans           set of batches whose output is gone and whose pairs are still read
 --   <p>:upload:<id>       hash: doc, status, received, file; <p>:upload:<id>:parts: part id -> bytes
 --   <p>:uploads:expiry    zset of pending uploads, score = Unix seconds of the end
 --   <p>:litter            zset of blob keys, and prefixes of keys that end in '/', to be deleted,
@@ -52,6 +54,8 @@ local function enter(id, status)
   changed(id)
   if terminal[status] then
     call('ZREM', prefix .. ':active', id)
+    call('HDEL', key(id), 'claim', 'claimer', 'claims', 'claim_tries', 'working_since', 'outcome',
+      'postponed', 'num_shards', 'input', 'input_bytes', 'input_rows')
     for _, name in ipairs({ 'rows', 'duplicates', 'input' }) do
       discard('batches/' .. id .. '/' .. name .. '/')
     end
@@ -181,9 +185,25 @@ function steps.remove_file(id)
   local doc = steps.remove('files', id)
   if not doc then return false end
   call('ZREM', prefix .. ':files:expiry', id)
+  local batch = call('HGET', prefix .. ':outputs', id)
+  if batch then
+    call('HDEL', prefix .. ':outputs', id)
+    call('SADD', prefix .. ':orphans', batch)
+  end
   local blob = cjson.decode(doc).blob
   if not string.find(blob, '://', 1, true) then discard(blob) end
   return blob
+end
+
+-- The file's blob, or the unfinished batch that reads it.
+function steps.delete_file(id)
+  for _, batch in ipairs(call('ZRANGE', prefix .. ':active', 0, -1)) do
+    if cjson.decode(call('HGET', key(batch), 'doc')).input_file_id == id then
+      return { 'read', batch }
+    end
+  end
+  local blob = steps.remove_file(id)
+  return blob and { 'deleted', blob }
 end
 
 function steps.page(name, after, limit, ascending)
@@ -228,10 +248,12 @@ function steps.get_upload(id)
   return { call('HGETALL', upload_key(id)), call('HGETALL', upload_key(id, ':parts')), clock[1] }
 end
 
--- The part counts only where the upload is pending and its announced bytes are not exceeded.
-function steps.add_part(id, part, num_bytes, announced)
+-- The part counts only where the upload is pending and its announced bytes and the number of parts
+-- are not exceeded.
+function steps.add_part(id, part, num_bytes, announced, max_parts)
   local parts = upload_key(id, ':parts')
-  if upload_status(id) == 'pending' and call('HEXISTS', parts, part) == 0 then
+  local room = call('HLEN', parts) < number(max_parts)
+  if upload_status(id) == 'pending' and room and call('HEXISTS', parts, part) == 0 then
     local received = number(call('HGET', upload_key(id), 'received')) + number(num_bytes)
     if received <= number(announced) then
       call('HSET', upload_key(id), 'received', whole(received))
@@ -256,6 +278,31 @@ function steps.complete_upload(id, file_id, file, expires_at, blob)
   return steps.get_upload(id)
 end
 
+local function readers_left(id)
+  local readers = call('HVALS', key(id, 'readers'))
+  for _, entry in ipairs(readers) do
+    if number(string.match(entry, '|(%d+)$')) > now then return true end
+  end
+  for _, job in ipairs(call('ZRANGE', prefix .. ':jobs:active', 0, -1)) do
+    if call('HGET', prefix .. ':job:' .. job, 'training_file') == '"' .. id .. '"' then
+      return true
+    end
+  end
+  return false
+end
+
+-- Pairs go with the output of their batch, once nobody reads them.
+local function collect_pairs()
+  for _, id in ipairs(call('SMEMBERS', prefix .. ':orphans')) do
+    if not readers_left(id) then
+      call('SREM', prefix .. ':orphans', id)
+      call('UNLINK', key(id, 'tail'), key(id, 'parts'), key(id, 'readers'))
+      call('HSET', key(id), 'pairs_removed', '1')
+      discard('batches/' .. id .. '/pairs/')
+    end
+  end
+end
+
 -- Ends uploads and forgets files whose time is over, and answers with blobs to be deleted. A file
 -- that an unfinished batch reads stays until the batch is finished.
 function steps.collect(limit)
@@ -271,6 +318,7 @@ function steps.collect(limit)
       if not read[id] then steps.remove_file(id) end
     end
   end
+  collect_pairs()
   return call('ZRANGEBYSCORE', prefix .. ':litter', '-inf', clock[1], 'LIMIT', 0, limit)
 end
 
@@ -295,10 +343,11 @@ end
 local function backlog()
   local rows, bytes, rings = 0, 0, {}
   for i, id in ipairs(call('ZRANGE', prefix .. ':active', 0, -1)) do
-    local counts = call('HMGET', key(id), 'total', 'completed', 'failed', 'input_bytes')
+    local counts = call('HMGET', key(id), 'total', 'completed', 'failed', 'input_bytes',
+      'status', 'input_rows')
     local total = number(counts[1])
     local left = math.max(0, total - number(counts[2]) - number(counts[3]))
-    rows = rows + math.max(1, left)
+    rows = rows + math.max(1, counts[5] == 'validating' and number(counts[6]) or left)
     bytes = bytes + number(counts[4]) * (total > 0 and left / total or 1)
     rings[i] = rate_ring(id)
   end
@@ -311,7 +360,8 @@ end
 
 -- A batch over the limits is admitted alone.
 function steps.create_batch(
-  id, doc, options, window_ms, idempotency_key, body_hash, input_bytes, max_rows, max_bytes
+  id, doc, options, window_ms, idempotency_key, body_hash, input_bytes, input_rows, max_rows,
+  max_bytes
 )
   if idempotency_key ~= '' then
     local known = steps.known_batch(idempotency_key, body_hash)
@@ -329,7 +379,7 @@ function steps.create_batch(
   end
   call('HSET', key(id), 'doc', doc, 'options', options, 'status', 'validating', 'closed', '0',
     'created', whole(now), 'expires', whole(now + number(window_ms)), 'claim', '0',
-    'input_bytes', input_bytes, 'version', '1')
+    'input_bytes', input_bytes, 'input_rows', input_rows, 'version', '1')
   call('ZADD', prefix .. ':batches', call('INCR', prefix .. ':counter'), id)
   call('ZADD', prefix .. ':active', call('INCR', prefix .. ':counter'), id)
   return { 'new', id }
@@ -553,11 +603,11 @@ function steps.finish(id, ...)
   for i = 1, #files, 5 do
     steps.put_file(files[i + 1], files[i + 2], files[i + 3], files[i + 4])
     call('HSET', key(id), files[i], files[i + 1])
+    if files[i] == 'output_file_id' then call('HSET', prefix .. ':outputs', files[i + 1], id) end
   end
   enter(id, state[3])
   trim(id)
   call('PEXPIRE', key(id, 'tail'), 3600 * 1000)
-  call('PEXPIRE', key(id, 'readers'), 3600 * 1000)
   for _, suffix in ipairs({ 'shards', 'free', 'leased', 'tokens', 'holders', 'sealed', 'rate' }) do
     call('UNLINK', key(id, suffix))
   end
@@ -594,6 +644,7 @@ function steps.set_reader(id, reader, position, ttl)
     call('HDEL', key(id, 'readers'), reader)
   else
     call('HSET', key(id, 'readers'), reader, position .. '|' .. whole(now + number(ttl)))
+    call('PEXPIRE', key(id, 'readers'), ttl)
   end
   trim(id)
   return 1

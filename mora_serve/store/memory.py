@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -60,6 +60,7 @@ class _Batch:
     last_leased: int = 0
     outcome: str = "completed"
     input_bytes: int = 0
+    input_rows: int = 0
     working_since: float | None = None
     ring: RateRing = field(default_factory=RateRing)
 
@@ -67,8 +68,14 @@ class _Batch:
 class MemoryLedger(MemoryFiles):
     """:class:`~mora_serve.store.steps.LedgerSteps` in dictionaries."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.time,
+        trained_on: Callable[[], Collection[str]] = tuple,
+    ) -> None:
+        """``trained_on`` names what active fine-tuning jobs read."""
         super().__init__(clock)
+        self._trained_on = trained_on
         self._batches: dict[str, _Batch] = {}
         self._keys: dict[str, tuple[str, str]] = {}
         self._turn = 0
@@ -92,6 +99,7 @@ class MemoryLedger(MemoryFiles):
         window_s: float,
         *,
         input_bytes: int,
+        input_rows: int,
         max_rows: int,
         max_bytes: int,
     ) -> str | Backlog:
@@ -107,7 +115,9 @@ class MemoryLedger(MemoryFiles):
         batch_id = str(doc["id"])
         stored = {**doc, "created_at": int(now), "expires_at": int(now + window_s)}
         state = BatchState(doc=stored, options=dict(options), status="validating")
-        batch = _Batch(state, expires_at=now + window_s, input_bytes=input_bytes)
+        batch = _Batch(
+            state, expires_at=now + window_s, input_bytes=input_bytes, input_rows=input_rows
+        )
         self._batches[batch_id] = batch
         if idempotency_key is not None:
             self._keys[idempotency_key] = (batch_id, body_hash)
@@ -143,7 +153,7 @@ class MemoryLedger(MemoryFiles):
             if state.status in TERMINAL:
                 continue
             left = max(0, state.total - state.completed - state.failed)
-            rows += max(1, left)
+            rows += max(1, batch.input_rows if state.status == "validating" else left)
             num_bytes += batch.input_bytes * (left / state.total if state.total else 1)
             rate += recent_rate(batch.ring.buckets, self._clock(), self._since(batch)) or 0.0
         return Backlog(rows, round(num_bytes), rate)
@@ -414,9 +424,21 @@ class MemoryLedger(MemoryFiles):
 
     # internal
 
-    def _files_being_read(self) -> set[str]:
+    def _files_being_read(self) -> dict[str, str]:
         states = (batch.state for batch in self._batches.values())
-        return {state.doc["input_file_id"] for state in states if state.status not in TERMINAL}
+        docs = (state.doc for state in states if state.status not in TERMINAL)
+        return {doc["input_file_id"]: doc["id"] for doc in docs}
+
+    def _collect_pairs(self) -> None:
+        now, trained_on = self._clock(), self._trained_on()
+        for batch_id, batch in self._batches.items():
+            state = batch.state
+            gone = state.output_file_id is not None and state.output_file_id not in self._files
+            read = any(until > now for _, until in batch.readers.values()) or batch_id in trained_on
+            if gone and not read and not state.pairs_removed:
+                batch.tail, batch.parts, batch.readers = [], [], {}
+                state.pairs_removed = True
+                self._discard(f"batches/{batch_id}/pairs/")
 
     def _since(self, batch: _Batch) -> float:
         return self._clock() if batch.working_since is None else batch.working_since

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from mora_serve.ports import UploadState
-from mora_serve.store.shapes import bad_cursor
+from mora_serve.store.shapes import bad_cursor, file_in_use
 
 T = TypeVar("T")
 
@@ -52,12 +52,10 @@ class MemoryFiles:
         ][:limit]
 
     async def delete_file(self, file_id: str) -> str | None:
-        found = self._files.pop(file_id, None)
-        if found is None:
-            return None
-        if "://" not in found[1]:
-            self._discard(found[1])
-        return found[1]
+        batch_id = self._files_being_read().get(file_id)
+        if batch_id is not None:
+            raise file_in_use(file_id, batch_id)
+        return self._remove_file(file_id)
 
     async def collect(self, limit: int) -> list[str]:
         for upload_id in list(self._uploads):
@@ -65,7 +63,8 @@ class MemoryFiles:
         read = self._files_being_read()
         for file_id, (doc, _) in list(self._files.items()):
             if self._expired(doc) and file_id not in read:
-                await self.delete_file(file_id)
+                self._remove_file(file_id)
+        self._collect_pairs()
         now = self._clock()
         return [entry for entry, due in self._litter.items() if due <= now][:limit]
 
@@ -84,12 +83,12 @@ class MemoryFiles:
         return self._upload(upload_id)
 
     async def add_part(
-        self, upload_id: str, part_id: str, num_bytes: int, announced: int
+        self, upload_id: str, part_id: str, num_bytes: int, announced: int, max_parts: int
     ) -> UploadState | None:
         upload = self._upload(upload_id)
         if upload is None or upload.status != "pending" or part_id in upload.parts:
             return upload
-        if upload.received_bytes + num_bytes > announced:
+        if upload.received_bytes + num_bytes > announced or len(upload.parts) >= max_parts:
             return upload
         upload = replace(
             upload,
@@ -114,9 +113,21 @@ class MemoryFiles:
             self._end_upload(replace(upload, file=dict(file)), "completed")
         return self._upload(upload_id)
 
-    def _files_being_read(self) -> set[str]:
-        """Input files of unfinished batches."""
+    def _files_being_read(self) -> dict[str, str]:
+        """Input files of unfinished batches -> the batch."""
         raise NotImplementedError
+
+    def _collect_pairs(self) -> None:
+        """Discard the pairs that nobody reads, of batches whose output file is gone."""
+        raise NotImplementedError
+
+    def _remove_file(self, file_id: str) -> str | None:
+        found = self._files.pop(file_id, None)
+        if found is None:
+            return None
+        if "://" not in found[1]:
+            self._discard(found[1])
+        return found[1]
 
     def _discard(self, blob: str) -> None:
         self._litter[blob] = self._clock()

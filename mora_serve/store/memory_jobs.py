@@ -33,6 +33,11 @@ class MemoryJobs:
     async def get_job(self, job_id: str) -> dict[str, Any]:
         return dict(self._job(job_id))
 
+    def files_trained_on(self) -> set[str]:
+        """Files and batches that jobs which are not over train on."""
+        active = (job for job in self._jobs.values() if job["status"] not in JOB_TERMINAL)
+        return {str(job["training_file"]) for job in active}
+
     async def update_job(self, job_id: str, **fields: Any) -> dict[str, Any]:
         job = self._job(job_id)
         job.update(allowed_changes(job["status"], fields, int(self._clock())))

@@ -15,7 +15,7 @@ from typing import Any
 
 from mora_serve.errors import StorageError
 from mora_serve.ports import BlobStore
-from mora_serve.store.shapes import json_lines, no_such
+from mora_serve.store.shapes import json_lines, no_such, pairs_removed
 from mora_serve.store.steps import LedgerSteps, PairPart
 
 FOLLOW_INTERVAL_S = 0.25
@@ -51,6 +51,8 @@ class LedgerPairs:
                 raise no_such("batch", batch_id, "batch_id", "batch_not_found")
             if after + 1 >= state.pairs:
                 return []
+            if state.pairs_removed:
+                raise pairs_removed(batch_id)
         raise StorageError(f"pair {after + 1} of {batch_id} must be in the tail or in a part")
 
     async def is_finished(self, batch_id: str) -> bool:

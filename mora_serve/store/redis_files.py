@@ -11,7 +11,7 @@ from typing import Any
 
 from mora_serve.ports import UploadState
 from mora_serve.store.redis_client import RedisClient
-from mora_serve.store.shapes import bad_cursor
+from mora_serve.store.shapes import bad_cursor, file_in_use
 
 
 class RedisFiles:
@@ -56,7 +56,12 @@ class RedisFiles:
         return files[:limit]
 
     async def delete_file(self, file_id: str) -> str | None:
-        return text(await self._step("remove_file", file_id))
+        reply = await self._step("delete_file", file_id)
+        if reply is None:
+            return None
+        if reply[0] == b"read":
+            raise file_in_use(file_id, reply[1].decode())
+        return text(reply[1])
 
     async def collect(self, limit: int) -> list[str]:
         return [entry.decode() for entry in await self._step("collect", limit)]
@@ -74,9 +79,10 @@ class RedisFiles:
         return _upload(await self._step("get_upload", upload_id))
 
     async def add_part(
-        self, upload_id: str, part_id: str, num_bytes: int, announced: int
+        self, upload_id: str, part_id: str, num_bytes: int, announced: int, max_parts: int
     ) -> UploadState | None:
-        return _upload(await self._step("add_part", upload_id, part_id, num_bytes, announced))
+        arguments = (upload_id, part_id, num_bytes, announced, max_parts)
+        return _upload(await self._step("add_part", *arguments))
 
     async def cancel_upload(self, upload_id: str) -> UploadState | None:
         return _upload(await self._step("cancel_upload", upload_id))

@@ -44,12 +44,13 @@ class RedisLedger(RedisFiles):
         window_s: float,
         *,
         input_bytes: int,
+        input_rows: int,
         max_rows: int,
         max_bytes: int,
     ) -> str | Backlog:
         outcome, found = await self._step(
             "create_batch", doc["id"], dump(doc), dump(options), _ms(window_s),
-            idempotency_key or "", body_hash, input_bytes, max_rows, max_bytes,
+            idempotency_key or "", body_hash, input_bytes, input_rows, max_rows, max_bytes,
         )  # fmt: skip
         if outcome == b"full":
             return _backlog(found)
@@ -279,5 +280,6 @@ def _state(reply: Any) -> BatchState | None:
         classes=group("c:"),
         version=int(fields.get("version", 1)),
         input_blob=text(fields.get("input")) or None,
+        pairs_removed=fields.get("pairs_removed") == b"1",
         now=int(now) / 1000,
     )

@@ -86,6 +86,25 @@ def no_such(kind: str, object_id: str, param: str, code: str) -> NotFoundError:
     return NotFoundError(f"No {kind} found with id '{shown(object_id)}'.", param, code)
 
 
+def file_in_use(file_id: str, batch_id: str) -> ConflictError:
+    """The error for deleting the input of an unfinished batch."""
+    return ConflictError(
+        f"file {file_id} must not be deleted while batch {batch_id} reads it; cancel the batch "
+        "first",
+        "file_id",
+        "file_in_use",
+    )
+
+
+def pairs_removed(batch_id: str) -> NotFoundError:
+    """The error for pairs that went with the output file of their batch."""
+    return NotFoundError(
+        f"The pairs of batch {batch_id} were removed with its output file.",
+        "batch_id",
+        "pairs_removed",
+    )
+
+
 def lease_lost(lease: Lease) -> LeaseLostError:
     """The error for work that came too late."""
     return LeaseLostError(

@@ -63,6 +63,8 @@ class BatchState:
     """Grows with every change of what a reader of the batch can see."""
     input_blob: str | None = None
     """Blob that the shards cut up; ``None`` where it is the input file's own."""
+    pairs_removed: bool = False
+    """True once the pairs are gone, as the output file is."""
     now: float = 0.0
     """The store's clock when the state was read, Unix seconds."""
 
@@ -81,7 +83,8 @@ class Backlog:
     """What unfinished batches have left to do."""
 
     rows: int
-    """Rows not committed; a batch that is not validated yet, or only to be assembled, counts 1."""
+    """Rows not committed. A batch that is not validated yet counts by its estimate, one that is
+    only to be assembled counts 1."""
     num_bytes: int
     """Input bytes of those rows."""
     rate: float
@@ -130,12 +133,14 @@ class LedgerSteps(FileSteps, Protocol):
         window_s: float,
         *,
         input_bytes: int,
+        input_rows: int,
         max_rows: int,
         max_bytes: int,
     ) -> str | Backlog:
         """Returns the id of the stored batch: the first one for a repeated key.
 
-        ``created_at`` and ``expires_at`` are stamped by the store's clock. Raises ``ConflictError``
+        ``input_rows`` is what the batch counts as until it is validated. ``created_at`` and
+        ``expires_at`` are stamped by the store's clock. Raises ``ConflictError``
         for a repeated key with another hash. Where other batches are unfinished and hold
         ``max_rows`` rows, or more than ``max_bytes`` together with this one, nothing is stored and
         what they hold is returned."""

@@ -12,7 +12,7 @@ import pytest
 from openai.types import Upload
 
 from mora_serve.config import load_settings
-from mora_serve.store import Stores
+from mora_serve.store import Stores, file_steps
 from tests.contract.gateway_server import gateway, http_server
 
 DATA = os.urandom(5000)
@@ -152,3 +152,20 @@ async def test_expiry_of_the_file_is_asked_for_when_the_upload_is_announced(
     assert upload.expires_at == upload.created_at + 3600
     assert done.file is not None
     assert done.file.expires_at == done.file.created_at + 3600
+
+
+async def test_empty_parts_and_more_parts_than_allowed_are_refused_and_leave_no_bytes(
+    client: openai.AsyncOpenAI, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_steps, "MAX_PARTS", 2)
+    upload = await announce(client)
+    with pytest.raises(openai.BadRequestError) as empty:
+        await client.uploads.parts.create(upload.id, data=b"")
+    for _ in range(2):
+        await client.uploads.parts.create(upload.id, data=DATA[:10])
+    with pytest.raises(openai.BadRequestError) as more:
+        await client.uploads.parts.create(upload.id, data=DATA[:10])
+
+    assert (empty.value.param, empty.value.code) == ("data", "invalid_value")
+    assert more.value.code == "too_many_parts"
+    assert len(await stores.blobs.list_keys(f"uploads/{upload.id}/")) == 2

@@ -113,7 +113,7 @@ def test_a_policy_that_has_run_can_be_pickled_and_starts_anew() -> None:
 @pytest.mark.redis
 async def test_the_backlog_of_a_real_ledger_is_read(redis_url: str) -> None:
     ledger = RedisLedger(RedisClient(redis_url), "scaling")
-    limits = {"input_bytes": 100, "max_rows": 1000, "max_bytes": 1000}
+    limits = {"input_bytes": 100, "input_rows": 1, "max_rows": 1000, "max_bytes": 1000}
     await ledger.create_batch({"id": "batch_1"}, {}, None, "hash", 1000.0, **limits)
     await ledger.open_batch("batch_1", [(0, 25, 0, 100)], 25, "files/in")
     assert await RedisBacklog(SecretStr(redis_url), "scaling").backlog() == 25

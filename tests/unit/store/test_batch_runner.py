@@ -472,15 +472,39 @@ async def test_batches_beyond_what_a_runner_serves_at_once_take_turns(
 ) -> None:
     monkeypatch.setattr(runner_module, "MAX_BATCHES", 2)
     order: list[str] = []
-    stores = Stores.memory()
-    service = EchoService(lambda prompt, _call: order.append(prompt[0]))
+    all_open = asyncio.Event()
+
+    async def answer(prompt: str) -> None:
+        await all_open.wait()
+        order.append(prompt[0])
+
+    stores, service = Stores.memory(), EchoService(lambda prompt, _call: answer(prompt))
     ids = [
         await submit(stores, [row_line(n, body={"prompt": f"{name}{n}"}) for n in range(200)], name)
         for name in "abcdef"
     ]
     async with running(make_runner(stores, service, shard_rows=200, max_in_flight_rows=4)):
         for batch_id in ids:
+            while (await stores.batches.get_batch(batch_id))["status"] == "validating":
+                await asyncio.sleep(0.01)
+        all_open.set()
+        for batch_id in ids:
             counts = (await ended(stores, batch_id))["request_counts"]
             assert counts == {"total": 200, "completed": 200, "failed": 0}
     assert max(order.index(name) for name in "abcdef") < 200
     assert len(order) == 6 * 200
+
+
+async def test_rows_that_are_handed_back_are_not_counted_against_them() -> None:
+    stores = Stores.memory()
+    batch_id = await submit(stores, [row_line(number) for number in range(4)])
+    short = {"min_replicas": 1, "max_replicas": 2, "graceful_shutdown_timeout_s": 0.05}
+    for name in ("w1", "w2"):
+        service = EchoService(lambda _prompt, _call: asyncio.Event().wait())
+        async with running(make_runner(stores, service, name, replica=short)):
+            while service.in_flight < 4:
+                await asyncio.sleep(0.01)
+    lease = await stores.batches.lease_shard("next", 100.0)
+    assert lease is not None
+    assert (lease.batch_id, lease.token) == (batch_id, 3)
+    assert set(lease.tries.values()) == {0}

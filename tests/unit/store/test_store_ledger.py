@@ -11,10 +11,12 @@ from mora_serve.errors import (
     ConflictError,
     LeaseLostError,
     NotFoundError,
+    OverloadedError,
     StorageError,
 )
-from mora_serve.store import Stores
+from mora_serve.store import Stores, backlog
 from mora_serve.store.batches import LedgerBatches
+from mora_serve.store.redis_store import RedisLedger
 from tests.unit.store.ledger_driver import (
     all_pairs,
     content,
@@ -416,3 +418,186 @@ async def test_one_claim_at_a_time_has_the_quarantine(stores: Stores) -> None:
     assert await batches.num_unquiet("b", "b/1") == 1
     await batches.report_runner("a", 0.0, None)
     assert await batches.num_unquiet("b", "b/1") == 0
+
+
+async def put_input(stores: Stores, num_bytes: int, filename: str = "in.jsonl") -> None:
+    await stores.blobs.put("files/in", b"data")
+    file = {"id": "file-in", "purpose": "batch", "bytes": num_bytes, "filename": filename}
+    await stores.batches.put_file(file, "files/in")
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("stores", ["redis"], indirect=True)
+async def test_a_finished_batch_leaves_a_stated_set_of_keys(stores: Stores) -> None:
+    steps = stores.batches._steps
+    assert isinstance(steps, RedisLedger)
+    await put_input(stores, 4)
+    batch_id = await new_batch(stores)
+    claim = await stores.batches.claim_validation("w", 100.0)
+    assert claim is not None
+    await stores.batches.postpone_validation(batch_id, claim.number)
+    await stores.batches.open_batch(batch_id, [(0, 2, 0, 20), (2, 2, 20, 20)], 4)
+    tried = await lease(stores)
+    await stores.batches.count_try(tried, tried.first_line)
+    await stores.pairs.register_reader(batch_id, "before", 0)
+    await work(stores, tried)
+    await drain(stores)
+    await stores.pairs.register_reader(batch_id, "after", 0)
+
+    pattern = f"{steps._prefix}:*"
+    found = {key.decode() for key in await steps._client.command("KEYS", pattern)}
+    own = f"{steps._prefix}:batch:{batch_id}"
+    assert found == {
+        *(f"{steps._prefix}:{name}" for name in ("batches", "counter", "litter", "outputs")),
+        *(f"{steps._prefix}:files:{name}" for name in ("docs", "index")),
+        *(f"{own}{suffix}" for suffix in ("", ":tail", ":parts", ":readers")),
+    }
+    for suffix in ("tail", "readers"):
+        assert 0 < await steps._client.command("TTL", f"{own}:{suffix}") <= 3600
+    assert await steps._client.command("TTL", own) == -1
+    fields = await steps._client.command("HKEYS", own)
+    assert {name.decode() for name in fields if b":" not in name} == {
+        "doc", "options", "status", "closed", "created", "expires", "version", "total",
+        "completed", "pairs", "pairs_sealed", "failed", "output_file_id",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("reads", ["nobody", "a reader", "a job"])
+async def test_pairs_live_as_long_as_the_output_file_or_whoever_reads_them(
+    stores: Stores, reads: str
+) -> None:
+    batch_id = await open_batch(stores, [3])
+    await drain(stores)
+    job = None
+    if reads == "a reader":
+        await stores.pairs.register_reader(batch_id, "reader", -1)
+    elif reads == "a job":
+        job = await stores.jobs.create_job({"model": "m", "training_file": batch_id})
+    output = (await stores.batches.get_batch(batch_id))["output_file_id"]
+    await stores.batches.delete_file(output)
+    if reads != "nobody":
+        assert len(await all_pairs(stores, batch_id)) == 3
+        await stores.pairs.unregister_reader(batch_id, "reader")
+        if job is not None:
+            await stores.jobs.cancel_job(job["id"])
+        await stores.batches.sweep()
+    assert await stores.blobs.list_keys(f"batches/{batch_id}/") == []
+    with pytest.raises(NotFoundError) as gone:
+        await stores.pairs.read(batch_id)
+    assert gone.value.code == "pairs_removed"
+    assert (await stores.batches.get_batch(batch_id))["status"] == "completed"
+
+
+async def test_pairs_go_when_the_output_file_expires(stores: Stores) -> None:
+    batch_id = await open_batch(stores, [3])
+    await drain(stores)
+    output = (await stores.batches.get_batch(batch_id))["output_file_id"]
+    file, blob = await stores.batches.get_file(output)
+    await stores.batches.put_file({**file, "expires_at": 1}, blob)
+    await stores.batches.sweep()
+    await stores.batches.sweep()
+    assert await stores.blobs.list_keys(f"batches/{batch_id}/") == []
+
+
+async def test_the_step_that_deletes_a_file_sees_who_reads_it(stores: Stores) -> None:
+    await put_input(stores, 4)
+    batch_id = await new_batch(stores)
+    with pytest.raises(ConflictError, match=batch_id):
+        await stores.batches._steps.delete_file("file-in")
+    assert await stores.blobs.exists("files/in")
+
+
+@pytest.mark.parametrize(("filename", "rows"), [("in.jsonl", 100), ("in.parquet", 400)])
+async def test_a_batch_counts_by_its_bytes_until_it_is_validated(
+    stores: Stores, filename: str, rows: int
+) -> None:
+    await put_input(stores, 100 * backlog.TYPICAL_ROW_BYTES, filename)
+    batch_id = await new_batch(stores)
+    assert await stores.batches.backlog_rows() == rows
+    await stores.batches.open_batch(batch_id, [(0, 7, 0, 70)], 7)
+    assert await stores.batches.backlog_rows() == 7
+
+
+async def test_batches_that_are_not_validated_fill_the_backlog(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores.batches, "_limits", backlog.BacklogLimits(max_rows=150))
+    await put_input(stores, 100 * backlog.TYPICAL_ROW_BYTES)
+    await new_batch(stores)
+    await new_batch(stores)
+    with pytest.raises(OverloadedError):
+        await new_batch(stores)
+
+
+async def test_backlog_bytes_go_down_with_the_rows_that_are_left(stores: Stores) -> None:
+    await put_input(stores, 400)
+    await open_batch(stores, [4])
+    steps = stores.batches._steps
+    assert (await steps.backlog()).num_bytes == 400
+    await stores.batches.commit_row(await lease(stores), row(0))
+    assert (await steps.backlog()).num_bytes == 300
+
+
+async def test_batches_with_as_many_leases_take_turns(stores: Stores) -> None:
+    ids = [await open_batch(stores, [1]) for _ in range(3)]
+    turns = []
+    for _ in range(6):
+        held = await lease(stores)
+        turns.append(held.batch_id)
+        await stores.batches.release(held)
+    assert turns == ids + ids
+
+
+async def test_a_shard_whose_lease_ran_out_goes_before_one_that_was_never_leased(
+    stores: Stores,
+) -> None:
+    await open_batch(stores, [1, 1, 1])
+    first = await lease(stores)
+    await expire(stores, first)
+    assert (await lease(stores)).shard == first.shard
+
+
+async def test_a_batch_is_measured_from_when_its_work_began(stores: Stores) -> None:
+    batch_id = await open_batch(stores, [2, 2])
+    await lease(stores)
+    steps = stores.batches._steps
+    found = await steps.progress(batch_id)
+    assert found is not None
+    began = found[1].working_since
+    now = began
+    while now <= began:
+        found = await steps.progress(batch_id)
+        assert found is not None
+        now = found[0].now
+    assert found[1].working_since == began
+    await lease(stores)
+    found = await steps.progress(batch_id)
+    assert found is not None
+    assert found[1].working_since == began
+
+
+async def test_parts_of_a_refused_seal_are_deleted(stores: Stores) -> None:
+    batch_id = await open_batch(stores, [1])
+    held = await lease(stores)
+    await stores.batches.commit_row(held, row(0))
+    await expire(stores, held)
+    await lease(stores, "other")
+    with pytest.raises(LeaseLostError):
+        await stores.batches.seal_shard(held)
+    assert await stores.blobs.list_keys(f"batches/{batch_id}/rows/") == []
+
+
+async def test_a_batch_whose_files_cannot_be_written_is_not_said_to_be_finished(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = await open_batch(stores, [1])
+    await work(stores, await lease(stores))
+
+    async def fails(*_: object) -> int:
+        raise StorageError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stores.blobs, "concat", fails)
+        with pytest.raises(StorageError, match="full"):
+            await stores.batches.finalize_ready("w", 0.0)
+    assert (await stores.batches.get_batch(batch_id))["status"] == "finalizing"
