@@ -76,7 +76,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
                 "data_dir": str(root / "data"),
                 "redis": {"url": redis.url},
                 "server": {"port": port, "max_body_bytes": 65_536},
-                "policy": {"fake_delay_ms": 20.0},
+                # Long enough to look at a request that is being worked on, also on a busy machine.
+                "policy": {"fake_delay_ms": 500.0},
             },
         )
     )
