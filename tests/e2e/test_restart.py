@@ -63,7 +63,7 @@ def test_up_that_was_killed_can_be_started_again_at_once(tmp_path: Path) -> None
         assert len(first.family()) > 8
         first.stop(signal.SIGKILL)
         second = Up(data_dir, port)
-        eventually(lambda: first.family() == [], 20.0)
+        eventually(lambda: first.family() == [])
         second.wait_for("ready ")
     finally:
         first.kill_all()
