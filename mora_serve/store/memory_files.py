@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -12,8 +13,11 @@ from mora_serve.store.shapes import bad_cursor, file_in_use
 T = TypeVar("T")
 
 
-class MemoryFiles:
-    """:class:`~mora_serve.store.file_steps.FileSteps` in dictionaries."""
+class MemoryFiles(ABC):
+    """:class:`~mora_serve.store.file_steps.FileSteps` in dictionaries.
+
+    What files have to know of batches is the ledger's to say.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -113,13 +117,13 @@ class MemoryFiles:
             self._end_upload(replace(upload, file=dict(file)), "completed")
         return self._upload(upload_id)
 
+    @abstractmethod
     def _files_being_read(self) -> dict[str, str]:
         """Input files of unfinished batches -> the batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _collect_pairs(self) -> None:
         """Discard the pairs that nobody reads, of batches whose output file is gone."""
-        raise NotImplementedError
 
     def _remove_file(self, file_id: str) -> str | None:
         found = self._files.pop(file_id, None)
