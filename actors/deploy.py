@@ -79,7 +79,7 @@ def build_backends(settings: Settings) -> Backends:
         settings.runner.replica,
         policy=backlog_policy(settings.runner.shard_rows, settings.redis),
     ).bind(dump, generator, scorers)
-    launcher = _deployment(LauncherDeployment, LAUNCHER, ReplicaSettings()).bind(dump)
+    launcher = _deployment(LauncherDeployment, LAUNCHER, settings.trainer.launcher).bind(dump)
     return Backends(generator, scorers, runner, launcher)
 
 
@@ -113,6 +113,9 @@ def _deployment(
         options["autoscaling_config"] = _autoscaling(replica, policy)
     else:
         options["num_replicas"] = replica.max_replicas
+    if replica.bundles:
+        options["placement_group_bundles"] = [dict(bundle) for bundle in replica.bundles]
+        options["placement_group_strategy"] = replica.bundle_strategy
     return serve.deployment(**options)(target)
 
 

@@ -87,13 +87,13 @@ def _deployments() -> Mapping[str, Any]:
 
 def build_application(settings: Settings) -> Application:
     """The whole service as one bound Serve application; starts nothing."""
-    backends = build_backends(settings)
+    backends, server = build_backends(settings), settings.server
     deployment = serve.deployment(
         name=GATEWAY,
-        num_replicas=settings.server.replicas,
+        num_replicas=server.replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=10.0,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": server.num_cpus, "resources": dict(server.resources)},
     )(serve.ingress()(Gateway))
     bound: Application = deployment.bind(
         dump_settings(settings, reveal=True),

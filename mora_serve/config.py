@@ -65,6 +65,10 @@ class ServerSettings(Section):
     max_queued_bytes: int = Field(default=128 * 2**20, ge=1)
     """Bytes of the synchronous requests being worked on per gateway replica; beyond it 429."""
     replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.0, ge=0.0)
+    """CPUs that Ray reserves for one gateway replica."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources of one gateway replica."""
     haproxy: bool = True
     """Serve HTTP through Ray Serve's HAProxy instead of its Python proxy."""
     file_uri_prefixes: tuple[str, ...] = ()
@@ -186,6 +190,8 @@ class TrainerSettings(Section):
     num_workers: int = Field(default=1, ge=1)
     use_gpu: bool = False
     num_cpus_per_worker: float = Field(default=1.0, ge=0.0)
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources of one training worker."""
     lora: bool = True
     lora_rank: int = Field(default=8, ge=1)
     lora_alpha: int = Field(default=16, ge=1)
@@ -197,6 +203,8 @@ class TrainerSettings(Section):
     checkpoint_steps: int = Field(default=10, ge=1)
     max_length: int = Field(default=512, ge=32)
     max_restarts: int = Field(default=3, ge=0)
+    launcher: ReplicaSettings = ReplicaSettings()
+    """Where trainers are started and looked after; a replica runs one at a time."""
     num_threads: int = Field(default=2, ge=1)
     test_model: str | None = None
     """Overrides the base model; the ``fake`` profile trains a tiny random model."""

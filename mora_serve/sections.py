@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,6 +36,12 @@ class ReplicaSettings(Section):
     num_cpus: float = Field(default=0.0, ge=0.0)
     num_gpus: float = Field(default=0.0, ge=0.0)
     resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources, for example one that only the nodes of one worker group have."""
+    bundles: tuple[dict[str, float], ...] = ()
+    """Placement group of a replica whose engine starts Ray actors of its own, on several nodes: one
+    bundle with one GPU per rank. The replica itself takes what the fields above say of the first
+    bundle. Empty: no placement group."""
+    bundle_strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
     max_ongoing_requests: int = Field(default=64, ge=1)
     health_check_period_s: Positive = 5.0
     health_check_timeout_s: Positive = 30.0

@@ -112,7 +112,8 @@ def fit(settings: Settings, job: TrainingJob, model: Mapping[str, str | None]) -
             num_workers=trainer.num_workers,
             use_gpu=trainer.use_gpu,
             resources_per_worker={"CPU": trainer.num_cpus_per_worker}
-            | ({"GPU": 1} if trainer.use_gpu else {}),
+            | ({"GPU": 1} if trainer.use_gpu else {})
+            | trainer.resources,
         ),
         run_config=RunConfig(
             name=job.id,

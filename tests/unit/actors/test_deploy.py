@@ -65,6 +65,21 @@ def test_placement_and_limits_come_from_the_replica_section() -> None:
     assert config.graceful_shutdown_timeout_s == 11
 
 
+def test_an_engine_on_several_nodes_gets_a_placement_group() -> None:
+    replica = {"num_cpus": 1, "bundles": [{"GPU": 1, "CPU": 2}] * 4, "bundle_strategy": "SPREAD"}
+    built = deployment(backends(policy={"replica": replica}).generator)
+    config = built._replica_config
+    assert config.placement_group_bundles == [{"GPU": 1, "CPU": 2}] * 4
+    assert config.placement_group_strategy == "SPREAD"
+    assert deployment(backends().generator)._replica_config.placement_group_bundles is None
+
+
+def test_the_launcher_can_be_placed() -> None:
+    launcher = {"num_cpus": 2, "resources": {"gateway-nodes": 1}}
+    options = deployment(backends(trainer={"launcher": launcher}).launcher).ray_actor_options
+    assert (options["num_cpus"], options["resources"]) == (2, {"gateway-nodes": 1})
+
+
 def test_a_range_of_replicas_autoscales() -> None:
     built = deployment(backends(policy={"replica": {"max_replicas": 4}}).generator)
     autoscaling = built._deployment_config.autoscaling_config
