@@ -12,12 +12,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from api.direct_bodies import CALLBACK
+from mora_serve.free_ports import free_ports
 
 BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 MAX_SOCKET_CHARS = 97
@@ -90,15 +90,3 @@ def haproxy_environment(binary: str, directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "10",
     }
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now, distinct."""
-    with_sockets = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(count)]
-    try:
-        for one in with_sockets:
-            one.bind(("", 0))
-        return [int(one.getsockname()[1]) for one in with_sockets]
-    finally:
-        for one in with_sockets:
-            one.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,17 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mora_serve.config import load_settings
+from mora_serve.free_ports import free_port
 from mora_serve.processes import StopSignals
 from mora_serve.stack import Stack
 
 CACHE = Path(".cache")
 """Keeps the prepared model between runs."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stack import free_port
 from mora_serve.client import Client, UnreachableError
+from mora_serve.free_ports import free_port
 from mora_serve.processes import Child
 
 START_TIMEOUT_S = 240.0

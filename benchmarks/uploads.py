@@ -22,8 +22,9 @@ from urllib.parse import urlsplit
 
 from benchmarks.machine import describe
 from benchmarks.processes import Peaks, stack_pids, watching
-from benchmarks.stack import free_port, served
+from benchmarks.stack import served
 from mora_serve.config import load_settings
+from mora_serve.free_ports import free_port
 
 MIB = 2**20
 BOUNDARY = b"benchmark-boundary"

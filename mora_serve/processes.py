@@ -1,9 +1,11 @@
 """Child processes that never outlive us: parent-death signal, orderly stop, search for strays.
 
 Everything here is Linux. A child is started in a session of its own, so that Ctrl-C in a terminal
-reaches only the parent, which then stops its children in order. Each child carries a marker in its
-environment that its own children inherit, which is how processes that left their process group
-(Ray's do) are found and ended. The module owns no policy about what is started.
+reaches only the parent, which then stops its children in order. Processes that left their process
+group (Ray's do) are found in two ways: a child's descendants are looked up by their parents, and a
+marker in the environment, which is inherited, tells whose an orphan was. A process that sets its
+title can write over that environment (Ray's agents do), so neither way is enough alone. The module
+owns no policy about what is started.
 """
 
 from __future__ import annotations
@@ -87,15 +89,17 @@ class Child:
 
     def family(self) -> list[int]:
         """Processes that run and descend from the child, itself included; not zombies."""
-        return _family(self._family)
+        below = _descendants(self.pid) if self.poll() is None else []
+        return sorted({*_marked(self._family), *below})
 
 
 class ParentWatch:
     """In a process that was started as a :class:`Child`: end our family when the parent dies.
 
     The parent-death signal asks us to stop in order, which can take long; ``grace_s`` after it all
-    that descends from us is killed, and we exit. While the context is open; leaving it after the
-    parent died ends what is left at once. Does nothing in a process that is no child of ours.
+    that descends from us is killed, and we exit. While the context is open; leaving it ends what is
+    left at once. We adopt the orphans among our descendants, so that none is missed. Does nothing
+    in a process that is no child of ours.
     """
 
     def __init__(self, grace_s: float) -> None:
@@ -107,12 +111,13 @@ class ParentWatch:
 
     def __enter__(self) -> Self:
         if self._marker is not None:
+            adopt_orphans()
             self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._left.set()
-        if self._parent_died():
+        if self._marker is not None:
             self._end_family()
 
     def _parent_died(self) -> bool:
@@ -128,20 +133,41 @@ class ParentWatch:
 
     def _end_family(self) -> None:
         marker, own = str(self._marker), os.getpid()
-        _kill_all(lambda: [pid for pid in _family(marker) if pid != own])
+        _kill_all(lambda: list({*_marked(marker), *_descendants(own)} - {own}))
 
 
-def _family(marker: str) -> list[int]:
+def _marked(marker: str) -> list[int]:
     """Running processes that carry the marker of one child; not zombies."""
     wanted = f"{_MARKER}={marker}".encode()
     alive = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
+    for pid in _pids():
         with contextlib.suppress(OSError):
-            if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                alive.append(int(entry.name))
+            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                alive.append(pid)
     return alive
+
+
+def _descendants(root: int) -> list[int]:
+    """Running processes that descend from ``root``, itself included; not zombies."""
+    children: dict[int, list[int]] = {}
+    running = set()
+    for pid in _pids():
+        with contextlib.suppress(OSError):
+            # The program's name, in brackets, may hold anything.
+            text = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2]
+            state, parent, *_ = text.split()
+            children.setdefault(int(parent), []).append(pid)
+            if state not in (b"Z", b"X"):
+                running.add(pid)
+    found, waiting = [], [root]
+    while waiting:
+        found.append(pid := waiting.pop())
+        waiting += children.get(pid, [])
+    return [pid for pid in found if pid in running]
+
+
+def _pids() -> Iterator[int]:
+    return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal())
 
 
 def _kill_all(find: Callable[[], list[int]]) -> None:

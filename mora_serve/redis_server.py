@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mora_serve.errors import ConfigError
+from mora_serve.free_ports import free_port
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class RedisServer:
     ) -> None:
         self._directory = directory.absolute()
         self._binary = binary
-        self._port = port or _free_port()
+        self._port = port or free_port()
         self._password = secrets.token_hex(16)
         self._stopping = threading.Event()
         self._first = threading.Event()
@@ -233,10 +234,3 @@ class RedisServer:
             lines = (self._directory / "redis.log").read_text(errors="replace").splitlines()
             return lines[-1] if lines else "no log"
         return "no log"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from actors.scoring.encoding import ConversationEncoder
 from actors.scoring.remote.scorer import RemoteScorer
 from actors.scoring.templates import ChatTemplate
 from mora_serve.errors import ScoringError
+from mora_serve.free_ports import free_port
 from mora_serve.scorer_settings import ScorerSettings
 from mora_serve.types import Message, ScoreGroup
 from tests.model_fixtures import byte_tokenizer, llama_sizes
@@ -54,9 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 @pytest.fixture(scope="module")
 def url(model: tuple[Any, Path]) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     command += [str(model[1]), "--served-model-name", "tiny", "--runner", "pooling"]
     command += ["--dtype", "float32", "--max-model-len", str(MAX_TOKENS), "--enforce-eager"]

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from mora_serve.client import Client
+from mora_serve.free_ports import free_port
 from mora_serve.redis_server import RedisServer
 from mora_serve.store.redis_client import RedisClient
-from tests.e2e.running import CONFIG, Up, eventually, free_port
+from tests.e2e.running import CONFIG, Up, eventually
 
 NUM_ROWS = 24
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mora_serve.client import Client
-from tests.e2e.running import Up, eventually, free_port
+from mora_serve.free_ports import free_port
+from tests.e2e.running import Up, eventually
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ import openai
 import pytest
 
 from api import schemas
-from api.proxy import free_ports
 from mora_serve.config import ENV_CONFIG, Settings, dump_settings, load_settings
+from mora_serve.free_ports import free_port
 from mora_serve.processes import Child
 from mora_serve.redis_server import RedisServer
 from mora_serve.stack import child_env, resolve_settings
@@ -67,7 +67,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = tmp_path_factory.mktemp("gateway")
     redis = RedisServer(root / "redis")
     redis.start()
-    (port,) = free_ports(1)
+    port = free_port()
     settings = resolve_settings(
         load_settings(
             "fake",
@@ -133,7 +133,7 @@ def test_another_stack_does_not_join_the_ray_of_this_one(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")  # what address "auto" turns on by itself
-    (port,) = free_ports(1)
+    port = free_port()
     server = service.settings.server.model_copy(update={"port": port})
     ray = service.settings.ray.model_copy(update={"address": ray_address(service.child)})
     log = tmp_path / "other.log"

@@ -12,12 +12,12 @@ import httpx
 import numpy as np
 import pytest
 
-from api.proxy import free_ports
 from benchmarks.processes import replica_pids, watching
 from benchmarks.scores_stream import rows
 from mora_serve.client import Client
 from mora_serve.config import load_settings
 from mora_serve.fakes import FAIL_SCORING
+from mora_serve.free_ports import free_port
 from mora_serve.redis_server import RedisServer
 from mora_serve.stack import resolve_settings
 from tests.integration.test_gateway_serve import STOP_TIMEOUT_S, Service, start, wait_until_ready
@@ -35,7 +35,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = tmp_path_factory.mktemp("scores")
     redis = RedisServer(root / "redis")
     redis.start()
-    (port,) = free_ports(1)
+    port = free_port()
     overrides = {
         "data_dir": str(root / "data"),
         "redis": {"url": redis.url},

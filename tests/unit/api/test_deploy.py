@@ -23,12 +23,9 @@ from starlette.types import Receive, Scope, Send
 from api import deploy, direct_bodies, proxy
 from mora_serve.config import ENV_CONFIG, dump_settings, load_settings
 from mora_serve.errors import ConfigError
+from mora_serve.free_ports import free_port
 from mora_serve.stack import StackError, resolve_settings
 from tests.unit.api.conftest import make_settings
-
-
-def free_port() -> int:
-    return proxy.free_ports(1)[0]
 
 
 def test_settings_handed_by_a_parent_win_and_keep_their_secrets() -> None:

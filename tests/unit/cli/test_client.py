@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 
 from mora_serve.client import ApiError, Client, ServerEvent, UnreachableError
 from mora_serve.errors import MoraError
+from mora_serve.free_ports import free_port
 from tests.unit.cli.server import Answer, Seen, Server, error, ndjson, sse
 
 
@@ -80,11 +80,8 @@ def test_other_errors_are_not_sent_again(server: Server, status: int) -> None:
 
 
 def test_nobody_listening_says_how_to_start_a_server() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with pytest.raises(UnreachableError, match="mora-serve up"):
-        Client(f"127.0.0.1:{port}").get("/v1/models")
+        Client(f"127.0.0.1:{free_port()}").get("/v1/models")
 
 
 def test_address_that_is_none_is_refused() -> None:

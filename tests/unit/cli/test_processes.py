@@ -71,6 +71,18 @@ def test_stray_in_a_session_of_its_own_is_found_and_ended(tmp_path: Path) -> Non
     assert child.family() == []
 
 
+def test_descendant_that_lost_its_environment_is_found_and_ended(tmp_path: Path) -> None:
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "stray = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], env={}, "
+        "start_new_session=True); print('up', flush=True); time.sleep(60)"
+    )
+    child = start(code, tmp_path / "log")
+    (stray,) = set(child.family()) - {child.pid}
+    child.stop(0.2)
+    until(lambda: not _runs(stray))
+
+
 def test_terminal_signals_do_not_reach_the_child(tmp_path: Path) -> None:
     child = start(SLEEP, tmp_path / "log")
     assert os.getsid(child.pid) != os.getsid(0)
@@ -101,8 +113,8 @@ def test_family_of_an_orphan_that_does_not_stop_is_ended(tmp_path: Path) -> None
         "import signal, subprocess, sys, time; from mora_serve.processes import ParentWatch\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "with ParentWatch(0.2):\n"
-        "    stray = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
-        " start_new_session=True)\n"
+        "    wait = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "    stray = subprocess.Popen(wait, start_new_session=True, env={})\n"
         "    print(stray.pid, 'up', flush=True); time.sleep(60)"
     )
     code = (

@@ -13,6 +13,7 @@ import pytest
 from mora_serve import stack
 from mora_serve.config import Settings, load_settings
 from mora_serve.errors import CalibrationError
+from mora_serve.free_ports import free_port
 from mora_serve.processes import StopSignals
 from mora_serve.stack import (
     Stack,
@@ -30,13 +31,6 @@ from mora_serve.stack import (
 def settings(profile: str = "fake", **overrides: Any) -> Settings:
     overrides["server"] = {"port": free_port(), **overrides.get("server", {})}
     return load_settings(profile, environ={}, overrides=overrides)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def test_paths_are_absolute_and_under_the_data_directory(
