@@ -24,6 +24,7 @@ from typing import Any
 
 from actors.inputs.faults import InputFault
 from actors.inputs.lines import stream, too_large
+from actors.inputs.sandbox import batch_pieces
 from actors.inputs.sources import input_parts, is_plain
 from actors.shard_run import duplicates_key
 from mora_serve.config import RunnerSettings
@@ -151,9 +152,12 @@ class _Validation:
         if is_plain(parts) and not registered:
             return blob
         self._converted = f"batches/{self._batch_id}/input/{self._claim}.jsonl"
-        most = self._settings.max_input_bytes
-        pieces = stream(parts, blobs, self._endpoint, most, self._max_line_bytes)
-        await blobs.put(self._converted, self._while_held(pieces))
+        limits = self._settings
+        pieces = batch_pieces(
+            parts, blobs, self._endpoint, self._max_line_bytes, limits.max_unpack_bytes
+        )
+        lines = stream(pieces, limits.max_input_bytes)
+        await blobs.put(self._converted, self._while_held(lines))
         return self._converted
 
     async def _scan(self, blob: str) -> tuple[list[Any], int]:

@@ -22,6 +22,7 @@ from actors.inputs.faults import InputFault
 from mora_serve.ports import BlobStore
 
 Format = Literal["jsonl", "gzip", "parquet", "arrow"]
+TABLES: frozenset[Format] = frozenset({"parquet", "arrow"})
 
 _DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _STATE, _SPLITS = "state.json", "dataset_dict.json"

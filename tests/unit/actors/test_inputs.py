@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import pytest
 
 from actors.inputs.columns import LineMaker
 from actors.inputs.faults import InputFault
-from actors.inputs.lines import stream
-from actors.inputs.sources import input_parts, is_plain
+from actors.inputs.lines import input_pieces, stream
+from actors.inputs.sources import Part, input_parts, is_plain
 from mora_serve.errors import InvalidRequestError, StorageError
 from mora_serve.requests import parse_batch_row
 from mora_serve.store.blobs import FsspecBlobs
@@ -29,13 +29,19 @@ MAX_LINE_BYTES = 4 * 2**20
 TURNS = [{"role": "user", "content": "why?"}]
 
 
+def in_process(
+    parts: Sequence[Part], blobs: FsspecBlobs, endpoint: str = REWRITES
+) -> Generator[bytes, None, None]:
+    return input_pieces(parts, lambda part: blobs.open_file(part.key), endpoint, MAX_LINE_BYTES)
+
+
 async def lines(
     path: Path, endpoint: str = REWRITES, max_bytes: int = 10**8
 ) -> list[dict[str, Any]]:
     blobs = FsspecBlobs(str(path.parent / "blobs"), uri_prefixes=[str(path.parent)])
     parts = await input_parts(blobs, path.name, f"file://{path}")
     data = b"".join(
-        [piece async for piece in stream(parts, blobs, endpoint, max_bytes, MAX_LINE_BYTES)]
+        [piece async for piece in stream(in_process(parts, blobs, endpoint), max_bytes)]
     )
     rows = [json.loads(line) for line in data.splitlines()]
     assert data == b"" or data.endswith(b"\n")
@@ -233,7 +239,7 @@ async def test_one_long_text_in_every_row_is_made_lines_row_by_row(
     before, most, longest = pa.total_allocated_bytes(), 0, 0
     tracemalloc.start()
     try:
-        async for piece in stream(parts, blobs, REWRITES, 10**9, MAX_LINE_BYTES):
+        async for piece in stream(in_process(parts, blobs), 10**9):
             most = max(most, pa.total_allocated_bytes() - before)
             longest = max(longest, len(piece))
         _, peak = tracemalloc.get_traced_memory()
@@ -261,7 +267,7 @@ async def test_large_parquet_is_read_in_pieces(tmp_path: Path) -> None:
     pa.default_memory_pool().release_unused()
     before, most, total, num_rows = pa.total_allocated_bytes(), 0, 0, 0
 
-    async for piece in stream(parts, blobs, REWRITES, 10**9, MAX_LINE_BYTES):
+    async for piece in stream(in_process(parts, blobs), 10**9):
         most = max(most, pa.total_allocated_bytes() - before)
         total += len(piece)
         num_rows += piece.count(b"\n")
@@ -356,7 +362,7 @@ async def test_link_out_of_a_dataset_directory_is_refused(tmp_path: Path) -> Non
     parts = await input_parts(blobs, "data", f"file://{data}")
 
     with pytest.raises(InvalidRequestError) as refused:
-        [piece async for piece in stream(parts, blobs, REWRITES, 10**6, MAX_LINE_BYTES)]
+        [piece async for piece in stream(in_process(parts, blobs), 10**6)]
     assert refused.value.code == "uri_not_allowed"
 
 
@@ -393,7 +399,7 @@ async def test_storage_that_fails_while_a_table_is_read_is_not_the_inputs_fault(
     monkeypatch.setattr("mora_serve.store.blobs._Mapped.readinto", broken)
 
     with pytest.raises(StorageError):
-        [piece async for piece in stream(parts, blobs, REWRITES, 10**6, MAX_LINE_BYTES)]
+        [piece async for piece in stream(in_process(parts, blobs), 10**6)]
 
 
 @pytest.mark.parametrize(
