@@ -203,11 +203,12 @@ class BatchRunner:
 
     def _shard_ended(self, task: asyncio.Task[bool]) -> None:
         run = self._shards.pop(task)
+        self._coordinate_wake.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             place = f"shard {run.lease.shard} of {run.lease.batch_id}"
             log.error("%s was handed back: %s", place, error, exc_info=_unless_expected(error))
+            return  # and is leased again after the poll interval
         self._work_wake.set()
-        self._coordinate_wake.set()
 
     # coordinate
 

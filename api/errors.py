@@ -27,6 +27,7 @@ from mora_serve.errors import (
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
+    ReplicaError,
     ScoringError,
     StorageError,
 )
@@ -34,8 +35,8 @@ from mora_serve.validation import rule_text, shown
 
 logger = logging.getLogger("mora.api")
 
-RETRY_UNAVAILABLE_S = 5
-"""``Retry-After`` of a 503: about the time Serve needs to notice and replace a dead replica."""
+RETRY_UNAVAILABLE = {"Retry-After": "5"}
+"""Headers of a 503: about the seconds Serve needs to notice and replace a dead replica."""
 
 
 class UnauthorizedError(InvalidRequestError):
@@ -104,8 +105,10 @@ def problem_of(error: Exception) -> Problem | None:
                        {"Retry-After": str(seconds)})  # fmt: skip
     for unavailable, code, default in _UNAVAILABLE:
         if isinstance(error, unavailable):
-            return Problem(503, str(error) or default, "service_unavailable", None, code,
-                           {"Retry-After": str(RETRY_UNAVAILABLE_S)})  # fmt: skip
+            # What an engine ended under may end the next one, and clients repeat a 503 unasked.
+            lost = isinstance(error, ReplicaError) and error.lost
+            headers = {"x-should-retry": "false"} if lost else RETRY_UNAVAILABLE
+            return Problem(503, str(error) or default, "service_unavailable", None, code, headers)
     if isinstance(error, ConfigError):
         return Problem(500, "The service is not configured correctly.", "server_error", None,
                        "configuration_error")  # fmt: skip

@@ -290,6 +290,19 @@ async def test_lost_infrastructure_is_503_with_retry_after(failure: Exception, c
     assert error_of(response)["code"] == code
 
 
+async def test_request_that_an_engine_ended_under_is_not_to_be_repeated_by_the_client() -> None:
+    class Ending(FakeGenerator):
+        async def generate(self, requests: Any) -> Any:
+            raise GenerationError("the engine ended", lost=True)
+
+    async with make_client(create_app(make_deps(generator=Ending()))) as client:
+        response = await client.post(CHAT, json={"messages": HELLO})
+
+    assert response.status_code == 503
+    assert response.headers["x-should-retry"] == "false"
+    assert "retry-after" not in response.headers
+
+
 async def test_lost_scorer_is_503() -> None:
     class Broken(FakeScorer):
         async def score(self, groups: Any, dimensions: Any = None) -> Any:

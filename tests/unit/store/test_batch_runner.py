@@ -508,3 +508,26 @@ async def test_rows_that_are_handed_back_are_not_counted_against_them() -> None:
     assert lease is not None
     assert (lease.batch_id, lease.token) == (batch_id, 3)
     assert set(lease.tries.values()) == {0}
+
+
+async def test_shard_that_cannot_be_read_is_not_taken_again_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stores, num_reads, failed = Stores.memory(), 0, asyncio.Event()
+    open_read = stores.blobs.open_read
+
+    def broken(key: str, start: int = 0, length: int | None = None) -> Any:
+        nonlocal num_reads
+        if length is None:
+            return open_read(key, start, length)
+        num_reads += 1
+        failed.set()
+        raise StorageError("away")
+
+    monkeypatch.setattr(stores.blobs, "open_read", broken)
+    await submit(stores, [row_line(0)])
+    async with running(make_runner(stores, EchoService(), poll_interval_s=30.0)):
+        await failed.wait()
+        for _ in range(1000):
+            await asyncio.sleep(0)
+    assert num_reads < 3
