@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from mora_serve.ports import Lease, RowCommit
 from mora_serve.store.memory_files import MemoryFiles, page
+from mora_serve.store.memory_quarantine import MemoryQuarantine
 from mora_serve.store.rate import RateRing, recent_rate
 from mora_serve.store.shapes import idempotency_conflict
 from mora_serve.store.steps import (
@@ -65,7 +66,7 @@ class _Batch:
     ring: RateRing = field(default_factory=RateRing)
 
 
-class MemoryLedger(MemoryFiles):
+class MemoryLedger(MemoryFiles, MemoryQuarantine):
     """:class:`~mora_serve.store.steps.LedgerSteps` in dictionaries."""
 
     def __init__(
@@ -74,13 +75,12 @@ class MemoryLedger(MemoryFiles):
         trained_on: Callable[[], Collection[str]] = tuple,
     ) -> None:
         """``trained_on`` names what active fine-tuning jobs read."""
-        super().__init__(clock)
+        MemoryFiles.__init__(self, clock)
+        MemoryQuarantine.__init__(self, clock)
         self._trained_on = trained_on
         self._batches: dict[str, _Batch] = {}
         self._keys: dict[str, tuple[str, str]] = {}
         self._turn = 0
-        self._quarantine: tuple[str, float] | None = None
-        self._runners: dict[str, tuple[float, str | None]] = {}
 
     async def ping(self) -> None:
         return None
@@ -307,35 +307,6 @@ class MemoryLedger(MemoryFiles):
         count, last = shard.tries.get(line, (0, None))
         if last == lease.token:
             shard.tries[line] = (count - 1, None)
-
-    async def claim_quarantine(self, claim: str, ttl_s: float) -> bool:
-        if self._quarantined_by() not in (None, claim):
-            return False
-        self._quarantine = claim, self._clock() + ttl_s
-        return True
-
-    async def leave_quarantine(self, claim: str) -> None:
-        if self._quarantined_by() == claim:
-            self._quarantine = None
-
-    async def report_runner(self, worker: str, ttl_s: float, quiet_for: str | None) -> str | None:
-        if ttl_s > 0:
-            self._runners[worker] = self._clock() + ttl_s, quiet_for
-        else:
-            self._runners.pop(worker, None)
-        return self._quarantined_by()
-
-    async def num_unquiet(self, worker: str, claim: str) -> int:
-        now = self._clock()
-        return sum(
-            till > now and quiet_for != claim
-            for name, (till, quiet_for) in self._runners.items()
-            if name != worker
-        )
-
-    def _quarantined_by(self) -> str | None:
-        found = self._quarantine
-        return None if found is None or found[1] <= self._clock() else found[0]
 
     async def shard_rows(self, lease: Lease) -> list[StoredRow]:
         rows = self._batches[lease.batch_id].shards[lease.shard].rows
