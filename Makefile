@@ -76,12 +76,33 @@ chaos: setup  ## A batch on the real stack under SIGKILLs of every kind: nothing
 elasticity: setup  ## A backlog grows every pool to its maximum, idleness brings it back to none
 	$(PY) -m benchmarks.elasticity $(BENCH_ARGS)
 
+.PHONY: helm-test
+helm-test: setup  ## The chart on helm 3 and 4 against Kubernetes 1.29 to 1.37, KubeRay, checkov
+	@PYTHON=$(PY) scripts/helm_tools.sh
+	$(PY) -m pytest tests/chart --chart-full $(TEST_ARGS)
+	@PYTHON=$(PY) scripts/chart_checkov.sh
+	@echo "helm-test: passed"
+
+.PHONY: helm-mutants
+helm-mutants: setup  ## Do the chart's tests notice mistakes? One run per mutant, ten minutes
+	$(PY) -m tests.chart.mutants
+
+.PHONY: image-check
+image-check: setup  ## Build the cpu image with buildah and run it on the fake backend
+	scripts/image_check.sh
+
+COMPILE = .venv/bin/uv pip compile pyproject.toml --python-version 3.11 --no-annotate --no-header \
+	  --no-emit-index-url --no-emit-find-links --quiet
+CPU_WHEELS = $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} --override requirements/overrides.txt
+
 .PHONY: lock
-lock: setup  ## Resolve the lock file anew, keeping what still fits
-	.venv/bin/uv pip compile pyproject.toml --extra embedded --extra train --extra dev \
-	  --override requirements/overrides.txt --python-version 3.11 --no-annotate --no-header \
-	  --no-emit-index-url --no-emit-find-links $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} \
-	  --output-file requirements/cpu.lock --quiet
+lock: setup  ## Resolve the lock files anew, keeping what still fits
+	$(COMPILE) --extra embedded --extra train --extra dev $(CPU_WHEELS) \
+	  --output-file requirements/cpu.lock
+	$(COMPILE) --extra embedded --extra train --extra s3 $(CPU_WHEELS) \
+	  --constraint requirements/cpu.lock --output-file requirements/image-cpu.lock
+	$(COMPILE) --extra gpu --extra train --python-platform x86_64-manylinux_2_34 \
+	  --output-file requirements/image-gpu.lock
 
 .PHONY: clean
 clean:  ## Remove what runs and tests leave behind; .venv and .cache stay

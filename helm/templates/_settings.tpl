@@ -1,0 +1,82 @@
+{{/* The settings of the service: `config`, and what only the chart knows. */}}
+
+{{/* The worker group that hosts a part of the service. */}}
+{{- define "mora-serve.home" -}}
+{{- $groups := .root.Values.workerGroups -}}
+{{- $next := dict "trainer" "gateway" "scorers" "generator" "generator" "gateway" -}}
+{{- $group := .part -}}
+{{- range until 3 -}}
+{{- if not (index $groups $group).enabled }}{{ $group = index $next $group | default "gateway" }}{{ end -}}
+{{- end -}}
+{{- $group -}}
+{{- end -}}
+
+{{/* `replica` with the Ray resource of its group. */}}
+{{- define "mora-serve.placed" -}}
+{{- $replica := deepCopy (.replica | default dict) -}}
+{{- $pool := printf "mora-%s" (include "mora-serve.home" (dict "root" .root "part" .part)) -}}
+{{- if $replica.bundles -}}
+{{- $bundles := list -}}
+{{- range $replica.bundles }}{{ $bundles = append $bundles (set (deepCopy .) $pool 0.01) }}{{ end -}}
+{{- $_ := set $replica "bundles" $bundles -}}
+{{- else -}}
+{{- $_ := set $replica "resources" (set (deepCopy ($replica.resources | default dict)) $pool 0.01) -}}
+{{- end -}}
+{{- toYaml $replica -}}
+{{- end -}}
+
+{{- define "mora-serve.settings" -}}
+{{- $config := deepCopy .Values.config -}}
+{{- if not $config.scorers }}{{ fail "config.scorers must list the scorers, got none: the chart places each on its worker group" }}{{ end -}}
+{{- $gateway := printf "mora-%s" (include "mora-serve.home" (dict "root" . "part" "gateway")) -}}
+{{- $server := $config.server | default dict -}}
+{{- $server = merge (dict "host" "0.0.0.0" "port" (int .Values.service.port) "resources" (set ($server.resources | default dict) $gateway 0.01)) $server -}}
+{{- $_ := set $config "server" $server -}}
+{{- $_ := set $config "data_dir" "/var/lib/mora" -}}
+{{- with .Values.blobs.s3.url }}{{ $_ := set $config "blobs" (dict "url" .) }}{{ end -}}
+{{- $policy := $config.policy | default dict -}}
+{{- $_ := set $policy "replica" (include "mora-serve.placed" (dict "root" $ "part" "generator" "replica" $policy.replica) | fromYaml) -}}
+{{- if and (eq .Values.profile "embedded") (not $policy.path) }}{{ $_ := set $policy "path" (include "mora-serve.embeddedModel" .) }}{{ end -}}
+{{- $_ := set $config "policy" $policy -}}
+{{- $scorers := list -}}
+{{- range $config.scorers -}}
+{{- $placed := include "mora-serve.placed" (dict "root" $ "part" "scorers" "replica" .replica) | fromYaml -}}
+{{- $scorers = append $scorers (set . "replica" $placed) -}}
+{{- end -}}
+{{- $_ := set $config "scorers" $scorers -}}
+{{- $runner := $config.runner | default dict -}}
+{{- $_ := set $runner "replica" (include "mora-serve.placed" (dict "root" $ "part" "gateway" "replica" ($runner.replica | default (dict "min_replicas" 1 "max_replicas" 2))) | fromYaml) -}}
+{{- $_ := set $config "runner" $runner -}}
+{{- $trainer := $config.trainer | default dict -}}
+{{- $home := include "mora-serve.home" (dict "root" . "part" "trainer") -}}
+{{- $_ := set $trainer "launcher" (include "mora-serve.placed" (dict "root" $ "part" "gateway" "replica" $trainer.launcher) | fromYaml) -}}
+{{- $_ := set $trainer "resources" (set ($trainer.resources | default dict) (printf "mora-%s" $home) 0.01) -}}
+{{- if not (hasKey $trainer "use_gpu") }}{{ $_ := set $trainer "use_gpu" (gt (int (index .Values.workerGroups $home).gpus) 0) }}{{ end -}}
+{{- $_ := set $config "trainer" $trainer -}}
+{{- if .Values.calibrator.existingConfigMap -}}
+{{- $_ := set $config "method" (set ($config.method | default dict) "calibrator" (printf "/etc/mora/calibrator/%s" .Values.calibrator.key)) -}}
+{{- end -}}
+{{- toYaml $config -}}
+{{- end -}}
+
+{{- define "mora-serve.embeddedModel" -}}
+/var/cache/mora/models/SmolLM2-135M-Instruct
+{{- end -}}
+
+{{/* What Ray Serve is given; `name` and `import_path` are the code's. */}}
+{{- define "mora-serve.serveConfig" -}}
+{{- $level := upper (.Values.config.log_level | default "info") -}}
+proxy_location: EveryNode
+http_options:
+  host: 0.0.0.0
+  port: {{ int .Values.service.port }}
+logging_config: {log_level: {{ $level }}, enable_access_log: false}
+applications:
+  - name: mora
+    route_prefix: /
+    import_path: api.cluster:build
+    logging_config: {log_level: {{ $level }}, enable_access_log: false}
+    args:
+      profile: {{ .Values.profile }}
+      settings: {{- include "mora-serve.settings" . | nindent 8 }}
+{{- end -}}

@@ -1,0 +1,107 @@
+{{/* A Valkey with append-only persistence, one replica: Ray's control store and ours are two of them.
+`store` is the section of the values, `secret` and `key` name the password's Secret, if any. */}}
+{{- define "mora-serve.valkey" -}}
+{{- $image := .root.Values.valkey.image -}}
+{{- $limit := dig "limits" "memory" "" .store.resources -}}
+apiVersion: apps/v1
+kind: StatefulSet
+metadata:
+  name: {{ .name }}
+  labels:
+    {{- include "mora-serve.labels" .root | nindent 4 }}
+    app.kubernetes.io/component: {{ .component }}
+spec:
+  serviceName: {{ .name }}
+  replicas: 1
+  selector:
+    matchLabels:
+      {{- include "mora-serve.selectorLabels" .root | nindent 6 }}
+      app.kubernetes.io/component: {{ .component }}
+  template:
+    metadata:
+      labels:
+        {{- include "mora-serve.selectorLabels" .root | nindent 8 }}
+        app.kubernetes.io/component: {{ .component }}
+      annotations:
+        cluster-autoscaler.kubernetes.io/safe-to-evict: "false"
+        karpenter.sh/do-not-disrupt: "true"
+    spec:
+      automountServiceAccountToken: false
+      enableServiceLinks: false
+      terminationGracePeriodSeconds: 60
+      securityContext: {runAsNonRoot: true, runAsUser: 999, runAsGroup: 999, fsGroup: 999, seccompProfile: {type: RuntimeDefault}}
+      {{- include "mora-serve.pullSecrets" .root | nindent 6 }}
+      {{- include "mora-serve.scheduling" .store | nindent 6 }}
+      containers:
+        - name: valkey
+          image: {{ $image.repository }}{{ ternary (printf "@%s" $image.digest) (printf ":%s" $image.tag) (ne $image.digest "") }}
+          imagePullPolicy: {{ $image.pullPolicy }}
+          command: [/bin/sh, -ec]
+          {{- /* The password goes through a file, so that no process list shows it. */}}
+          args:
+            - |
+              umask 077
+              printf '%s\n' 'dir /data' 'appendonly yes' 'appendfsync everysec' \
+                'maxmemory-policy noeviction' {{ if .secret }}"requirepass $VALKEY_PASSWORD"{{ else }}'protected-mode no'{{ end }} \
+                > /run/valkey/valkey.conf
+              exec valkey-server /run/valkey/valkey.conf
+          env:
+            {{- if .secret }}
+            - name: VALKEY_PASSWORD
+              valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}}
+            - {name: REDISCLI_AUTH, value: $(VALKEY_PASSWORD)}
+            {{- else }}
+            []
+            {{- end }}
+          ports:
+            - {name: valkey, containerPort: 6379}
+          startupProbe:
+            exec: {command: [/bin/sh, -c, "valkey-cli ping | grep -q PONG"]}
+            periodSeconds: 5
+            failureThreshold: 120
+          readinessProbe:
+            exec: {command: [/bin/sh, -c, "valkey-cli ping | grep -q PONG"]}
+            periodSeconds: 5
+            timeoutSeconds: 5
+          livenessProbe:
+            tcpSocket: {port: valkey}
+            periodSeconds: 10
+            failureThreshold: 6
+          securityContext: {{- include "mora-serve.containerSecurityContext" .root | nindent 12 }}
+          resources: {{- toYaml .store.resources | nindent 12 }}
+          volumeMounts:
+            - {name: data, mountPath: /data}
+            - {name: run, mountPath: /run/valkey}
+      volumes:
+        - {name: run, emptyDir: {medium: Memory, sizeLimit: 1Mi}}
+  volumeClaimTemplates:
+    - metadata:
+        name: data
+      spec:
+        accessModes: [ReadWriteOnce]
+        {{- with .store.persistence.storageClass }}
+        storageClassName: {{ . }}
+        {{- end }}
+        resources: {requests: {storage: {{ .store.persistence.size }}}}
+{{- end -}}
+
+{{- define "mora-serve.valkeyService" -}}
+apiVersion: v1
+kind: Service
+metadata:
+  name: {{ .name }}
+  labels:
+    {{- include "mora-serve.labels" .root | nindent 4 }}
+    app.kubernetes.io/component: {{ .component }}
+spec:
+  clusterIP: None
+  selector:
+    {{- include "mora-serve.selectorLabels" .root | nindent 4 }}
+    app.kubernetes.io/component: {{ .component }}
+  ports:
+    - {name: valkey, port: 6379, targetPort: valkey}
+{{- end -}}
+
+{{- define "mora-serve.ownGcsStore" -}}
+{{- if and .Values.gcsFaultTolerance.enabled (not .Values.gcsFaultTolerance.external.address) }}true{{ end -}}
+{{- end -}}

@@ -1,0 +1,64 @@
+"""KubeRay's CRDs as JSON schemas: the structural part of what an API server checks.
+
+The CRD files are third-party and not in this repository. ``KUBERAY_CRDS`` names their folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from tests.chart.charts import ROOT
+
+VERSION = "v1"
+
+
+def folder() -> Path | None:
+    """Where the CRDs are, ``None`` when they are not at hand."""
+    named = os.environ.get("KUBERAY_CRDS")
+    path = Path(named) if named else ROOT.parent / "shared" / "kuberay-crds"
+    return path if (path / "ray.io_rayservices.yaml").is_file() else None
+
+
+@functools.cache
+def validator(kind: str) -> jsonschema.protocols.Validator:
+    """Validates objects of a KubeRay kind."""
+    place = folder()
+    assert place is not None
+    text = (place / f"ray.io_{kind.lower()}s.yaml").read_text("utf-8")
+    definition = yaml.load(text, yaml.CSafeLoader)
+    (version,) = [v for v in definition["spec"]["versions"] if v["name"] == VERSION]
+    return jsonschema.Draft202012Validator(_closed(version["schema"]["openAPIV3Schema"], top=True))
+
+
+def problems(document: dict[str, Any]) -> list[str]:
+    """What is wrong with an object, one line each with its place."""
+    found = validator(document["kind"]).iter_errors(document)
+    return [f"{'.'.join(map(str, e.absolute_path))}: {e.message}" for e in found]
+
+
+def _closed(schema: dict[str, Any], *, top: bool = False) -> dict[str, Any]:
+    """An OpenAPI schema as an API server applies it with strict field validation: unknown fields
+    are errors, fields with a default need not be given."""
+    node = {key: value for key, value in schema.items() if not key.startswith("x-kubernetes")}
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    properties = node.get("properties")
+    if properties is not None:
+        node["properties"] = {name: _closed(value) for name, value in properties.items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            node["additionalProperties"] = False
+        if top:
+            node["properties"]["metadata"] = {"type": "object"}
+        defaulted = {name for name, value in properties.items() if "default" in value}
+        node["required"] = [name for name in node.get("required", []) if name not in defaulted]
+    if isinstance(node.get("additionalProperties"), dict):
+        node["additionalProperties"] = _closed(node["additionalProperties"])
+    if isinstance(node.get("items"), dict):
+        node["items"] = _closed(node["items"])
+    return node

@@ -1,0 +1,114 @@
+"""``python -m tests.chart.mutants``: do the chart's tests notice mistakes?
+
+Each mutant is a copy of the chart with one mistake. The tests run on it and must fail; a mutant
+that passes names a check that is missing. Exit status 1 when one survives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.chart.charts import ROOT
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.old} -> {self.new}"
+
+
+T = "templates/"
+MUTANTS = (
+    Mutant("values.schema.json", '"additionalProperties": false', '"additionalProperties": true'),
+    Mutant("Chart.yaml", "appVersion: 0.1.0", "appVersion: 0.2.0"),
+    Mutant("values.yaml", "version: 2.60.0", "version: 2.59.0"),
+    Mutant("values.yaml", "num_gpus: 1, num_cpus: 4", "num_gpus: 2, num_cpus: 4"),
+    Mutant("values.yaml", "runAsNonRoot: true", "runAsNonRoot: false"),
+    Mutant("profiles/single-gpu.yaml", "num_gpus: 0.4, num_c", "num_gpus: 0.6, num_c"),
+    Mutant("profiles/large.yaml", "gpus: 8", "gpus: 7"),
+    Mutant("profiles/multi-gpu.yaml", "preset: beaver-v1-cost", "preset: beaver-v9-cost"),
+    Mutant(T + "_settings.tpl", "import_path: api.cluster:build", "import_path: api.cluster:app"),
+    Mutant(T + "_settings.tpl", "- name: mora", "- name: mora-serve"),
+    Mutant(T + "_settings.tpl", '"/var/lib/mora"', '"/data"'),
+    Mutant(T + "_settings.tpl", '(set (deepCopy .) $pool 0.01)', "(deepCopy .)"),
+    Mutant(T + "_settings.tpl", '"part" "scorers" "replica"', '"part" "trainer" "replica"'),
+    Mutant(T + "_settings.tpl", 'port: {{ int .Values.service.port }}', "port: 8001"),
+    Mutant(T + "_pods.tpl", "enableServiceLinks: false", "enableServiceLinks: true"),
+    Mutant(T + "_pods.tpl", "name: MORA_REDIS__URL", "name: MORA_REDIS_URL"),
+    Mutant(T + "_pods.tpl", "RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_THROUGHPUT"),
+    Mutant(T + "_pods.tpl", "api.direct_bodies:middlewares", "api.direct_bodies:middleware"),
+    Mutant(T + "_pods.tpl", "/api/local_raylet_healthz", "/api/raylet_healthz"),
+    Mutant(T + "_pods.tpl", '"/-/healthz"', '"/healthz"'),
+    Mutant(T + "_pods.tpl", "medium: Memory, ", ""),
+    Mutant(T + "_pods.tpl", 'ternary "Never" "Always"', 'ternary "Always" "Never"'),
+    Mutant(T + "_pods.tpl", "models, prepare, --profile", "models, prepared, --profile"),
+    Mutant(T + "_pods.tpl", "ServiceAccountToken: false", "ServiceAccountToken: true"),
+    Mutant(T + "_pods.tpl", "terminationGracePeriodSeconds:", "terminationGraceSeconds:"),
+    Mutant(T + "_pods.tpl", "mora-serve/group: {{ .group }}", "group: {{ .group }}"),
+    Mutant(T + "_helpers.tpl", "readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false"),
+    Mutant(T + "_helpers.tpl", "minAvailable: {{ int", "maxUnavailable: {{ int"),
+    Mutant(T + "_helpers.tpl", "trunc 40", "trunc 60"),
+    Mutant(T + "_helpers.tpl", 'ternary "gpu" "cpu"', 'ternary "cuda" "cpu"'),
+    Mutant(T + "_valkey.tpl", "appendonly yes", "appendonly no"),
+    Mutant(T + "_valkey.tpl", "serviceName: {{ .name }}", "service: {{ .name }}"),
+    Mutant(T + "rayservice.yaml", 'num-cpus: "0"', 'num-cpus: "4"'),
+    Mutant(T + "rayservice.yaml", "version: v2", "version: v3"),
+    Mutant(T + "rayservice.yaml", "type: {{ $ray.upgradeStrategy }}", "type: Rolling"),
+    Mutant(T + "rayservice.yaml", "maxReplicas: {{ int .maxReplicas }}\n        {{- if", "{{- if"),
+    Mutant(T + "rayservice.yaml", 'agent-listen-port: "52365"', 'agent-listen-port: "52366"'),
+    Mutant(T + "rayservice.yaml", "component: gateway", "component: serve"),
+    Mutant(T + "networkpolicy-ray.yaml", "port: metrics}", "port: dashboard}"),
+    Mutant(T + "prometheusrule.yaml", "mora_gateway_rejected_total", "mora_gateway_refused_total"),
+    Mutant(T + "prometheusrule.yaml", "alert: MoraStoreDown", "alert: MoraStoreAway"),
+    Mutant("dashboards/mora-serve.json", "vllm:num_requests_running", "vllm:requests_running"),
+    Mutant(T + "ingress.yaml", "port: {name: serve}", "port: {name: http}"),
+    Mutant(T + "models-pvc.yaml", "resource-policy: keep", "resource-policy: delete"),
+    Mutant(T + "tests/diagnostics.yaml", "name: MORA_URL", "name: MORA_ADDRESS"),
+    Mutant(T + "tests/diagnostics.yaml", "diagnose, --prompt", "diagnose, --text"),
+)  # fmt: skip
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether all tests pass on the mutant."""
+    with tempfile.TemporaryDirectory(prefix="mora-chart-") as folder:
+        chart = Path(folder) / "helm"
+        shutil.copytree(ROOT / "helm", chart)
+        path = chart / mutant.file
+        text = path.read_text("utf-8")
+        assert mutant.old in text, f"nothing to change: {mutant}"
+        path.write_text(text.replace(mutant.old, mutant.new), "utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "tests/chart", "-x", "-q", "-m", "not ray",
+             "-p", "no:cacheprovider", "--deselect", "tests/chart/test_values.py::"
+             "test_random_valid_values_render_valid_objects"],
+            cwd=ROOT, env={**os.environ, "CHART_UNDER_TEST": str(chart)}, capture_output=True,
+        )  # fmt: skip
+    assert done.returncode in (0, 1), done.stdout.decode()[-2000:]
+    return done.returncode == 0
+
+
+def main(words: list[str]) -> int:
+    """Try the mutants that hold one of ``words``, or all."""
+    chosen = [m for m in MUTANTS if not words or any(word in str(m) for word in words)]
+    survivors = []
+    for number, mutant in enumerate(chosen, 1):
+        alive = survives(mutant)
+        survivors += [mutant] if alive else []
+        said = "SURVIVES" if alive else "noticed"
+        print(f"{number:2}/{len(chosen)} {said}  {mutant}", flush=True)
+    print(f"mutants: {len(chosen) - len(survivors)} of {len(chosen)} noticed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

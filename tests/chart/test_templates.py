@@ -1,0 +1,327 @@
+"""What the chart renders is valid: for Kubernetes, for KubeRay's CRDs, for its operator, for us."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
+from yamllint import linter
+from yamllint.config import YamlLintConfig
+
+from mora_serve.free_ports import free_ports
+from mora_serve.redis_server import find_redis_binary
+from tests.chart import crds
+from tests.chart.charts import (
+    CHART,
+    EVERYTHING,
+    HELM_VERSIONS,
+    TALLY,
+    Rendered,
+    everything,
+    options,
+    profile,
+    render,
+    run_helm,
+)
+from tests.chart.operator_rules import violations
+
+FOREIGN = ("ray.io/", "monitoring.coreos.com/", "gateway.networking.k8s.io/")
+"""API groups that Kubernetes itself does not have."""
+INCREMENTAL = "NewClusterWithIncrementalUpgrade"
+needs_crds = pytest.mark.skipif(
+    crds.folder() is None, reason="no KubeRay CRDs: name their folder in KUBERAY_CRDS"
+)
+LINT = YamlLintConfig(
+    "{extends: default, rules: {line-length: {max: 130}, braces: {max-spaces-inside: 0}, "
+    "document-start: disable, comments: {min-spaces-from-content: 2}}}"
+)
+
+
+def builtin(rendered: Rendered) -> list[dict[str, Any]]:
+    return [item for item in rendered.documents if not item["apiVersion"].startswith(FOREIGN)]
+
+
+def as_pods(rendered: Rendered) -> list[dict[str, Any]]:
+    """The Ray pods as plain ones: their templates are Kubernetes' own."""
+    return [
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray", **pod["metadata"]},
+         "spec": pod["spec"]}
+        for pod in rendered.ray_pods().values()
+    ]  # fmt: skip
+
+
+def test_lint_is_strict_and_clean(helm_version: str, profile_name: str) -> None:
+    run_helm("lint", "--strict", str(CHART), *options(profile_name), version=helm_version)
+
+
+def test_both_helms_render_the_same(profile_name: str) -> None:
+    older, newer = (render(profile_name, version=version) for version in HELM_VERSIONS)
+    assert older == newer
+
+
+def test_rendering_is_repeatable(profile_name: str) -> None:
+    assert render(profile_name) == profile(profile_name)
+
+
+def test_builtin_objects_are_valid(profile_name: str, kubernetes: str) -> None:
+    rendered = render(profile_name, kubernetes=kubernetes)
+    for document in (*builtin(rendered), *as_pods(rendered)):
+        kubernetes_validate.validate(document, kubernetes, strict=True)
+    TALLY.kubernetes.add(kubernetes)
+
+
+def test_optional_objects_are_valid(kubernetes: str) -> None:
+    rendered = render(values=EVERYTHING, kubernetes=kubernetes)
+    for document in (*builtin(rendered), *as_pods(rendered)):
+        kubernetes_validate.validate(document, kubernetes, strict=True)
+
+
+@needs_crds
+def test_ray_objects_are_valid(profile_name: str) -> None:
+    assert crds.problems(profile(profile_name).ray_service) == []
+
+
+@needs_crds
+def test_ray_objects_with_every_option_are_valid() -> None:
+    assert crds.problems(everything().ray_service) == []
+    incremental = render(
+        "default",
+        f"ray.upgradeStrategy={INCREMENTAL}",
+        "ray.incrementalUpgrade.gatewayClassName=istio",
+    ).ray_service
+    assert crds.problems(incremental) == []
+    assert violations(incremental) == []
+
+
+@needs_crds
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda spec: spec.update(serveConfig=""),
+        lambda spec: spec["rayClusterConfig"]["workerGroupSpecs"][0].update(minReplicas="1"),
+        lambda spec: spec["rayClusterConfig"]["autoscalerOptions"].update(version="v3"),
+        lambda spec: spec["rayClusterConfig"]["headGroupSpec"]["template"]["spec"].update(x=1),
+    ],
+)
+def test_the_crds_would_find_a_mistake(break_it: Any) -> None:
+    service = render().ray_service
+    break_it(service["spec"])
+    assert crds.problems(service) != []
+
+
+def test_the_operator_takes_it(profile_name: str) -> None:
+    assert violations(profile(profile_name).ray_service) == []
+
+
+def test_the_operator_takes_every_option() -> None:
+    assert violations(everything().ray_service) == []
+    assert violations(render("cpu", "ray.autoscaling=false").ray_service) == []
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda s: s["metadata"].update(name="m" * 48), "47 characters"),
+        (lambda s: s["metadata"].update(name="1mora"), "DNS label"),
+        (lambda s: s["spec"]["upgradeStrategy"].update(type="Rolling"), "got Rolling"),
+        (lambda s: s["spec"]["upgradeStrategy"].update(type=INCREMENTAL), "gatewayClassName"),
+        (lambda s: _cluster(s).update(upgradeStrategy={}), "rayClusterConfig.upgradeStrategy"),
+        (lambda s: _cluster(s)["headGroupSpec"].update(resources={"CPU": "1"}), "one place"),
+        (lambda s: _head_env(s).append({"name": "REDIS_PASSWORD"}), "REDIS_PASSWORD"),
+        (lambda s: _pod(s).update(restartPolicy="Always"), "restartPolicy Never"),
+        (lambda s: _cluster(s)["workerGroupSpecs"][0].update(replicas=1), "replicas"),
+        (lambda s: _cluster(s).update(authOptions={"mode": "token"}, rayVersion="2.51.0"), "2.52"),
+        (lambda s: _cluster(s)["headGroupSpec"]["rayStartParams"].update(labels="a=b"), "labels"),
+        (lambda s: _cluster(s)["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}), "text"),
+    ],
+)  # fmt: skip
+def test_the_operators_rules_would_find_a_mistake(break_it: Any, said: str) -> None:
+    service = render().ray_service
+    break_it(service)
+    assert said in "; ".join(violations(service))
+
+
+def _cluster(service: dict[str, Any]) -> Any:
+    return service["spec"]["rayClusterConfig"]
+
+
+def _pod(service: dict[str, Any]) -> Any:
+    return _cluster(service)["headGroupSpec"]["template"]["spec"]
+
+
+def _head_env(service: dict[str, Any]) -> Any:
+    return _pod(service)["containers"][0]["env"]
+
+
+def test_sources_and_renderings_are_tidy_yaml(profile_name: str) -> None:
+    path = CHART / ("values.yaml" if profile_name == "default" else f"profiles/{profile_name}.yaml")
+    assert [str(item) for item in linter.run(path.read_text("utf-8"), LINT)] == []
+
+
+def test_every_pod_is_restricted(profile_name: str) -> None:
+    for pod in profile(profile_name).pods():
+        context = pod["spec"]["securityContext"]
+        assert context["runAsNonRoot"] is True
+        assert context["runAsUser"] > 0
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        spec = pod["spec"]
+        for container in (*spec["containers"], *spec.get("initContainers", ())):
+            own = container["securityContext"]
+            assert own["allowPrivilegeEscalation"] is False
+            assert own["readOnlyRootFilesystem"] is True
+            assert own["capabilities"] == {"drop": ["ALL"]}
+            assert container["resources"]["limits"]["memory"]
+
+
+def test_pods_that_need_no_api_get_no_token() -> None:
+    rendered = everything()
+    for name, pod in rendered.ray_pods().items():
+        # The autoscaler runs in the head's pod, with the account that KubeRay makes for it.
+        expected = None if name == "head" else False
+        assert pod["spec"].get("automountServiceAccountToken") is expected
+    for item in (*rendered.all("StatefulSet"), rendered.one("Pod")):
+        spec = item["spec"].get("template", item)["spec"]
+        assert spec["automountServiceAccountToken"] is False
+
+
+def test_shared_memory_is_a_part_of_the_memory_limit(profile_name: str) -> None:
+    for pod in profile(profile_name).ray_pods().values():
+        (shm,) = [item for item in pod["spec"]["volumes"] if item["name"] == "shm"]
+        limit = pod["spec"]["containers"][0]["resources"]["limits"]["memory"]
+        assert shm["emptyDir"]["medium"] == "Memory"
+        assert _bytes(shm["emptyDir"]["sizeLimit"]) < _bytes(limit)
+        mounts = pod["spec"]["containers"][0]["volumeMounts"]
+        assert {"name": "shm", "mountPath": "/dev/shm"} in mounts
+
+
+def test_disruption_budgets_are_valid_for_ray_pods(profile_name: str) -> None:
+    rendered = profile(profile_name)
+    for budget in rendered.all("PodDisruptionBudget"):
+        assert "maxUnavailable" not in budget["spec"]
+        assert isinstance(budget["spec"]["minAvailable"], int)
+        group = budget["spec"]["selector"]["matchLabels"]["mora-serve/group"]
+        assert budget["spec"]["minAvailable"] < rendered.groups[group]["maxReplicas"]
+
+
+def test_selectors_find_the_pods_they_are_meant_for() -> None:
+    rendered = everything()
+    pods = {name: pod["metadata"]["labels"] for name, pod in rendered.ray_pods().items()}
+    for budget in rendered.all("PodDisruptionBudget"):
+        wanted = budget["spec"]["selector"]["matchLabels"]
+        matching = [name for name, labels in pods.items() if wanted.items() <= labels.items()]
+        assert matching == [wanted["mora-serve/group"]]
+    ray = rendered.one("NetworkPolicy", "-ray")["spec"]["podSelector"]["matchLabels"]
+    assert all(ray.items() <= labels.items() for labels in pods.values())
+    monitor = rendered.one("PodMonitor")["spec"]["selector"]["matchLabels"]
+    assert monitor == ray
+    stores = {item["metadata"]["name"]: item for item in rendered.all("StatefulSet")}
+    assert set(stores) == {"mora-mora-serve-valkey", "mora-mora-serve-gcs-valkey"}
+    for service in rendered.all("Service"):
+        labels = stores[service["metadata"]["name"]]["spec"]["template"]["metadata"]["labels"]
+        assert service["spec"]["selector"].items() <= labels.items()
+        assert not service["spec"]["selector"].items() <= pods["head"].items()
+
+
+def test_the_gateways_monitor_selects_the_service_that_kuberay_makes() -> None:
+    rendered = everything()
+    service = rendered.ray_service["spec"]["serveService"]
+    monitor = rendered.one("ServiceMonitor")["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert monitor["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"]
+    for other in rendered.all("Service"):
+        labels = other["metadata"]["labels"]
+        assert not monitor["selector"]["matchLabels"].items() <= labels.items()
+
+
+def test_only_operator_and_own_pods_reach_rays_ports() -> None:
+    (own, operator, *public) = render().one("NetworkPolicy", "-ray")["spec"]["ingress"]
+    assert "ports" not in own
+    assert "app.kubernetes.io/instance" in own["from"][0]["podSelector"]["matchLabels"]
+    assert operator["from"][0]["podSelector"]["matchLabels"]
+    assert {port["port"] for port in operator["ports"]} == {"dashboard", "serve"}
+    assert {port["port"] for rule in public for port in rule["ports"]} == {"serve", "metrics"}
+
+
+def test_settings_and_scale_change_in_place_and_pods_by_a_new_cluster() -> None:
+    before = render().ray_service["spec"]
+    settings = render(values={"config.method.p_class": 0.9}).ray_service["spec"]
+    assert settings["rayClusterConfig"] == before["rayClusterConfig"]
+    assert settings["serveConfigV2"] != before["serveConfigV2"]
+    scale = render("default", "workerGroups.generator.maxReplicas=9").ray_service["spec"]
+    assert scale["serveConfigV2"] == before["serveConfigV2"]
+    assert _hashed(scale) == _hashed(before)
+    image = render("default", "image.tag=other").ray_service["spec"]
+    assert _hashed(image) != _hashed(before)
+
+
+def _hashed(spec: dict[str, Any]) -> Any:
+    """What the operator compares to decide on a new cluster: all but the numbers of pods."""
+    cluster = spec["rayClusterConfig"]
+    for group in cluster["workerGroupSpecs"]:
+        for number in ("minReplicas", "maxReplicas"):
+            group.pop(number, None)
+    return cluster
+
+
+def test_a_new_chart_version_alone_replaces_no_cluster() -> None:
+    for pod in render().ray_pods().values():
+        assert "helm.sh/chart" not in pod["metadata"]["labels"]
+        assert "app.kubernetes.io/version" not in pod["metadata"]["labels"]
+
+
+def test_data_outlives_the_release() -> None:
+    for claim in render().all("PersistentVolumeClaim"):
+        assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+
+
+def test_routes_lead_to_the_gateway() -> None:
+    rendered = everything()
+    service = rendered.ray_service["spec"]["serveService"]
+    (path,) = rendered.one("Ingress")["spec"]["rules"][0]["http"]["paths"]
+    assert path["backend"]["service"]["name"] == service["metadata"]["name"]
+    assert path["backend"]["service"]["port"] == {"name": service["spec"]["ports"][0]["name"]}
+    parents = {"enabled": True, "parentRefs": [{"name": "public"}]}
+    (rule,) = render(values={"httpRoute": parents}).one("HTTPRoute")["spec"]["rules"]
+    assert rule["backendRefs"] == [{"name": service["metadata"]["name"], "port": 8000}]
+
+
+def test_long_release_names_leave_room_for_suffixes() -> None:
+    rendered = render("cpu", f"fullnameOverride=m{'o' * 60}")
+    assert len(rendered.ray_service["metadata"]["name"]) <= 40
+    assert violations(rendered.ray_service) == []
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("secret", ["hush", None])
+def test_the_stores_start_append_never_evict_and_stop_in_order(
+    tmp_path: Path, secret: str | None
+) -> None:
+    rendered = everything() if secret else profile("cpu")
+    store = rendered.one("StatefulSet", "-serve-valkey")
+    (container,) = store["spec"]["template"]["spec"]["containers"]
+    shell, script = container["command"], container["args"][0]
+    (port,) = free_ports(1)
+    command = "valkey-server /run/valkey/valkey.conf"
+    script = script.replace(command, f"{find_redis_binary()} {tmp_path}/valkey.conf --port {port}")
+    script = script.replace("/run/valkey", str(tmp_path)).replace("dir /data", f"dir {tmp_path}")
+    env = {"PATH": os.environ["PATH"], **({"VALKEY_PASSWORD": secret} if secret else {})}
+    with subprocess.Popen([*shell, script], env=env, stdout=subprocess.DEVNULL) as running:
+        client = redis.Redis(port=port, password=secret, retry=Retry(ConstantBackoff(0.1), 50))
+        assert client.ping()
+        for name, value in {"appendonly": "yes", "maxmemory-policy": "noeviction"}.items():
+            assert client.config_get(name) == {name: value}
+        assert (tmp_path / "valkey.conf").stat().st_mode & 0o077 == 0
+        running.terminate()
+        assert running.wait(20) == 0
+
+
+def _bytes(quantity: str) -> float:
+    units = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+    return float(quantity[:-2]) * units[quantity[-2:]]

@@ -1,0 +1,176 @@
+"""Values that are wrong are refused, in words that name them; random valid ones render."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kubernetes_validate
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.chart.charts import CHART, RefusedError, Rendered, render, run_helm
+from tests.chart.operator_rules import violations
+from tests.chart.test_drift import node_types, settings_of
+from tests.chart.test_templates import as_pods, builtin
+
+BAD = [
+    ({"polcy": {}}, "polcy"),
+    ({"config.polcy": {}}, "polcy"),
+    ({"config.policy.replica.min_replica": 1}, "min_replica"),
+    ({"config.sampling": {"n": 0}}, "n"),
+    ({"config.sampling.temperature": 3}, "temperature"),
+    ({"config.redis.url": "redis://x"}, "url"),
+    ({"config.server.api_keys": ["plain"]}, "api_keys"),
+    ({"config.server.port": 80}, "port"),
+    ({"config.data_dir": "/x"}, "data_dir"),
+    ({"config.scorers": [{"name": "one"}]}, "dimensions"),
+    ({"config.scorers": []}, "config.scorers must list the scorers"),
+    ({"profile": "cuda"}, "profile"),
+    ({"image.digest": "sha256:abc"}, "digest"),
+    ({"image.pullPolicy": "Sometimes"}, "pullPolicy"),
+    ({"ray.upgradeStrategy": "Rolling"}, "upgradeStrategy"),
+    ({"ray.upgradeStrategy": "NewClusterWithIncrementalUpgrade"}, "ray.upgradeStrategy must be"),
+    ({"ray.version": "latest"}, "version"),
+    ({"workerGroups.gpu": {}}, "gpu"),
+    ({"workerGroups.generator.gpus": -1}, "gpus"),
+    ({"workerGroups.generator.maxReplicas": 0}, "maxReplicas"),
+    ({"workerGroups.generator.minReplicas": 9}, "generator.minReplicas must be at most"),
+    ({"workerGroups.gateway.enabled": False}, "workerGroups.gateway.enabled must be true"),
+    ({"workerGroups.gateway.pdbMinAvailable": 3}, "gateway.pdbMinAvailable must be less"),
+    ({"workerGroups.scorers.resources.limits.memory": "much"}, "memory"),
+    ({"workerGroups.scorers.env": [{"name": "MORA_X", "value": "1"}]}, "env"),
+    ({"extraEnv": [{"name": "MORA_REDIS__URL", "value": "x"}]}, "extraEnv"),
+    ({"data.accessModes": ["ReadOnlyMany"]}, "accessModes"),
+    ({"blobs.s3.url": "https://bucket"}, "url"),
+    ({"modelCache.type": "nfs"}, "type"),
+    ({"modelCache.hostPath": "relative"}, "hostPath"),
+    ({"valkey.auth.existingSecret": ""}, "valkey.auth.existingSecret must name a Secret"),
+    ({"valkey.enabled": False}, "externalRedis.existingSecret must name a Secret"),
+    ({"valkey.auth.password": "plain"}, "password"),
+    ({"gcsFaultTolerance.external.address": "host:6379"}, "address"),
+    ({"service.port": 80}, "port"),
+    ({"service.type": "ExternalName"}, "type"),
+    ({"ingress.enabled": True}, "ingress.hosts must name at least one host"),
+    ({"httpRoute.enabled": True}, "httpRoute.parentRefs must name a Gateway"),
+    ({"fullnameOverride": "1mora"}, "fullnameOverride must give a name"),
+    ({"monitoring.serviceMonitor.interval": "15"}, "interval"),
+    ({"test.prompt": ""}, "prompt"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "said"), BAD, ids=[next(iter(values)) for values, _ in BAD])
+def test_a_bad_value_is_refused_by_name(
+    values: dict[str, Any], said: str, helm_version: str
+) -> None:
+    with pytest.raises(RefusedError) as refusal:
+        render(values=values, version=helm_version)
+    message = str(refusal.value)
+    assert said in message
+    assert "nil pointer" not in message
+    assert "goroutine" not in message
+
+
+def test_a_bare_n_is_read_as_false_and_refused() -> None:
+    with pytest.raises(RefusedError, match="sampling"):
+        run_helm(
+            "template",
+            "x",
+            str(CHART),
+            "--values",
+            "/dev/stdin",
+            stdin="config: {sampling: {n: 8}}",
+        )
+
+
+counts = st.integers(0, 40)
+quantities = st.sampled_from(["500m", "2", "1.5", "96"])
+memory = st.sampled_from(["8Gi", "64Gi", "1Ti"])
+labels = st.dictionaries(
+    st.from_regex(r"[a-z]{1,8}(\.[a-z]{1,5}/[a-z]{1,8})?", fullmatch=True),
+    st.from_regex(r"[a-z0-9]{0,8}", fullmatch=True),
+    max_size=3,
+)
+
+
+def groups() -> st.SearchStrategy[dict[str, Any]]:
+    resources = st.builds(
+        lambda cpu, size: {key: {"cpu": cpu, "memory": size} for key in ("requests", "limits")},
+        quantities,
+        memory,
+    )
+    keys = {
+        "gpus": st.integers(0, 8),
+        "resources": resources,
+        "shmSize": st.sampled_from(["1Gi", "4Gi"]),
+        "nodeSelector": labels,
+        "podLabels": labels,
+        "podAnnotations": labels,
+        "tolerations": st.just([{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}]),
+        "priorityClassName": st.sampled_from(["", "high"]),
+        "runtimeClassName": st.sampled_from(["", "nvidia"]),
+    }
+    scale = st.tuples(counts, counts).map(
+        lambda two: {"minReplicas": min(two), "maxReplicas": max(*two, 1), "pdbMinAvailable": 0}
+    )
+    return st.builds(
+        lambda some, size: {**some, **size}, st.fixed_dictionaries({}, optional=keys), scale
+    )
+
+
+def valid_values() -> st.SearchStrategy[dict[str, Any]]:
+    flags = st.booleans()
+    optional: dict[str, st.SearchStrategy[Any]] = {
+        "workerGroups.generator": groups(),
+        "workerGroups.scorers": st.one_of(groups(), st.just({"enabled": False})),
+        "workerGroups.trainer": st.one_of(groups(), st.just({"enabled": False})),
+        "ray.autoscaling": flags,
+        "ray.authMode": st.sampled_from(["disabled", "token"]),
+        "ray.haproxy": flags,
+        "service.port": st.integers(1024, 65535),
+        "gcsFaultTolerance.enabled": flags,
+        "networkPolicy.enabled": flags,
+        "serviceAccount.create": flags,
+        "valkey.auth": st.sampled_from([{"enabled": False}, {"existingSecret": "s"}]),
+        "modelCache.type": st.sampled_from(["pvc", "hostPath", "ephemeral"]),
+        "data.existingClaim": st.sampled_from(["", "shared"]),
+        "blobs.s3.url": st.sampled_from(["", "s3://bucket/prefix"]),
+        "kueue.queueName": st.sampled_from(["", "gpus"]),
+        "config.runner.max_backlog_rows": st.integers(1, 10**12),
+        "config.server.max_upload_bytes": st.integers(1024, 2**40),
+        "config.sampling": st.just({"n": 4, "n_max": 12, "stop": ["\n", "it's: {x}"]}),
+        "config.policy.system_prompt": st.text(
+            st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=40
+        ),
+        "terminationGracePeriodSeconds": st.integers(1, 3600),
+    }
+    return st.fixed_dictionaries({}, optional=optional)
+
+
+def check(rendered: Rendered, values: dict[str, Any]) -> None:
+    assert violations(rendered.ray_service) == [] or values.get("ray.autoscaling") is False
+    settings_ = settings_of(rendered)
+    assert settings_.runner.max_backlog_rows == values.get(
+        "config.runner.max_backlog_rows", 10_000_000
+    )
+    assert settings_.policy.system_prompt == values.get("config.policy.system_prompt")
+    assert settings_.server.port == values.get("service.port", 8000)
+    node_types(rendered)
+    for document in (*builtin(rendered), *as_pods(rendered)):
+        kubernetes_validate.validate(document, "1.35", strict=True)
+
+
+def test_random_valid_values_render_valid_objects(request: pytest.FixtureRequest) -> None:
+    num_examples = 100 if request.config.getoption("chart_full", default=False) else 6
+
+    @settings(
+        max_examples=num_examples,
+        derandomize=num_examples < 100,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(valid_values())
+    def run(values: dict[str, Any]) -> None:
+        check(render(values=values), values)
+
+    run()
