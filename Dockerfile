@@ -54,7 +54,7 @@ ENV PATH=/opt/venv/bin:${PATH} \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     MORA_DATA_DIR=/var/lib/mora
-WORKDIR /var/lib/mora
+WORKDIR /home/mora
 VOLUME /var/lib/mora
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=10s --start-period=600s --retries=4 \

@@ -83,6 +83,10 @@ helm-test: setup  ## The chart on helm 3 and 4 against Kubernetes 1.29 to 1.37, 
 	@PYTHON=$(PY) scripts/chart_checkov.sh
 	@echo "helm-test: passed"
 
+.PHONY: chart-schema
+chart-schema: setup  ## Write helm/values.schema.json anew from the settings
+	@PYTHONPATH=. $(PY) scripts/chart_schema.py
+
 .PHONY: helm-mutants
 helm-mutants: setup  ## Do the chart's tests notice mistakes? One run per mutant, ten minutes
 	$(PY) -m tests.chart.mutants

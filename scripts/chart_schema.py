@@ -286,7 +286,7 @@ def main() -> int:
         TARGET.write_text(text, "utf-8")
         return 0
     if TARGET.read_text("utf-8") != text:
-        sys.stderr.write(f"{TARGET.name} is not current; run python scripts/chart_schema.py\n")
+        sys.stderr.write(f"{TARGET.name} is not current; run make chart-schema\n")
         return 1
     return 0
 

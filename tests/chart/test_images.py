@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mora_serve import __version__
 from tests.chart.charts import ROOT, environment, profile
 
 TEXT = (ROOT / "Dockerfile").read_text("utf-8")
@@ -49,6 +50,14 @@ def test_the_cpu_image_has_no_build_tools_and_nothing_ships_a_secret() -> None:
     shipped = STAGES["runtime"] + STAGES["cpu"]
     assert not re.search(r"\b(gcc|g\+\+|make|build-essential|git|curl|wget)\b", shipped)
     assert not re.search(r"(TOKEN|PASSWORD|SECRET|API_KEY)", TEXT)
+
+
+def test_labels_tell_the_version_and_a_health_check_asks_for_readiness() -> None:
+    assert f"ARG VERSION={__version__}\n" in STAGES["runtime"]
+    assert "org.opencontainers.image.revision" in STAGES["runtime"]
+    health = re.search(r"HEALTHCHECK (.*?)\n[A-Z#]", STAGES["runtime"], re.DOTALL)
+    assert health is not None
+    assert "/readyz" in health[1]
 
 
 def test_the_context_holds_sources_only() -> None:

@@ -249,6 +249,16 @@ def test_only_operator_and_own_pods_reach_rays_ports() -> None:
     assert {port["port"] for rule in public for port in rule["ports"]} == {"serve", "metrics"}
 
 
+def test_named_clients_are_the_only_ones_at_the_gateway() -> None:
+    clients = {"podSelector": {"matchLabels": {"app": "web"}}}
+    policy = render(values={"networkPolicy.clients": [clients]}).one("NetworkPolicy", "-ray")
+    for rule in policy["spec"]["ingress"]:
+        open_to_all = "from" not in rule
+        assert not (open_to_all and any(port["port"] == "serve" for port in rule["ports"]))
+    gateway = [rule for rule in policy["spec"]["ingress"] if clients in rule.get("from", ())]
+    assert [port["port"] for port in gateway[0]["ports"]] == ["serve"]
+
+
 def test_settings_and_scale_change_in_place_and_pods_by_a_new_cluster() -> None:
     before = render().ray_service["spec"]
     settings = render(values={"config.method.p_class": 0.9}).ray_service["spec"]
