@@ -13,16 +13,13 @@ if [ ! -x "$venv/bin/checkov" ]; then
 fi
 
 skip=(
-  CKV_K8S_43 # a digest is the user's to pin: image.digest
-  CKV_K8S_14 # tags are fixed by the chart's version, never latest
-  CKV_K8S_11 # CPU limits are set; nothing to skip unless a user removes them
-  CKV_K8S_35 # engines and the openai client read secrets from the environment
-  CKV_K8S_15 # pullPolicy is a value; tags do not move
-  CKV_K8S_40 # the UID is above 10000 for our pods; Valkey's image has its own, 999
-  CKV_K8S_21 # the namespace is the release's
-  CKV_K8S_38 # the head's autoscaler talks to the API server
-  CKV2_K8S_6 # the policies select by label, which this check does not resolve for bare Pods
   CKV_K8S_8 CKV_K8S_9 # the test's Pod runs once and serves nothing
+  CKV_K8S_15          # pullPolicy is a value, and tags do not move
+  CKV_K8S_21          # the namespace is the release's
+  CKV_K8S_35          # engines, Ray and the hub's client read their secrets from the environment
+  CKV_K8S_38          # the head's autoscaler talks to the API server
+  CKV_K8S_40          # the UID of Valkey's own image is 999; ours is above 10000
+  CKV_K8S_43          # a digest is the user's to pin: image.digest
 )
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
