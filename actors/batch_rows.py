@@ -62,7 +62,10 @@ Sleep = Callable[[float], Awaitable[None]]
 
 
 class RowWorker:
-    """Turns lines of one batch into commits. ``sleep`` and ``clock`` (s) can be injected."""
+    """Turns lines of one batch into commits. ``sleep`` and ``clock`` (s) can be injected.
+
+    ``defaults`` are body fields of rows that do not give them; ``fixed`` are those of every row.
+    """
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class RowWorker:
         batch: Mapping[str, Any],
         *,
         defaults: Mapping[str, Any],
+        fixed: Mapping[str, Any],
         max_line_bytes: int,
         sleep: Sleep = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
@@ -80,6 +84,7 @@ class RowWorker:
         self._batch_id = str(batch["id"])
         self._endpoint = str(batch["endpoint"])
         self._defaults = defaults
+        self._fixed = fixed
         self._max_line_bytes = max_line_bytes
         self._sleep = sleep
         self._clock = clock
@@ -150,7 +155,7 @@ class RowWorker:
             )
 
     def _with_defaults(self, data: bytes) -> bytes | str:
-        if not self._defaults:
+        if not self._defaults and not self._fixed:
             return data
         try:
             row = json.loads(data.decode("utf-8"))
@@ -158,7 +163,7 @@ class RowWorker:
             return data
         if not isinstance(row, dict) or not isinstance(row.get("body"), dict):
             return data
-        row["body"] = {**self._defaults, **row["body"]}
+        row["body"] = {**self._defaults, **row["body"], **self._fixed}
         return json.dumps(row)
 
     def _output(self, line: Line, custom_id: str, result: RowResult) -> RowCommit:

@@ -217,7 +217,8 @@ class LauncherDeployment(WorkerReplica):
         from actors.launcher import TrainerLauncher
 
         settings = settings_from_dump(dump)
-        super().__init__(TrainerLauncher(open_stores(settings).jobs, settings))
+        stores = open_stores(settings)
+        super().__init__(TrainerLauncher(stores.jobs, stores.batches, settings))
         await self.start()
 
     async def __del__(self) -> None:  # type: ignore[misc]

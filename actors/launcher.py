@@ -24,7 +24,8 @@ from typing import Any
 from mora_serve.config import ENV_CONFIG, Settings, dump_settings
 from mora_serve.errors import StorageError
 from mora_serve.identity import new_id
-from mora_serve.ports import JobStore
+from mora_serve.policies import cancel_stage_batches
+from mora_serve.ports import BatchStore, JobStore
 from mora_serve.processes import Child
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class TrainerLauncher:
     def __init__(
         self,
         jobs: JobStore,
+        batches: BatchStore,
         settings: Settings,
         *,
         command: Sequence[str] = (sys.executable, "-m", "trainer", "--job"),
@@ -63,6 +65,7 @@ class TrainerLauncher:
     ) -> None:
         """``command`` gets the job's id appended; tests start something cheaper."""
         self._jobs = jobs
+        self._batches = batches
         self._settings = settings
         self._command = tuple(command)
         self._ray_address = ray_address
@@ -173,6 +176,7 @@ class TrainerLauncher:
             f"the trainer ended with status {status} and its restarts are used up; "
             f"see logs/train-{job_id}.log in the data directory"
         )
+        await cancel_stage_batches(self._batches, await self._jobs.get_job(job_id))
         await self._jobs.add_event(job_id, {"level": "error", "message": message})
         error = {"code": "trainer_failed", "message": message, "param": None}
         await self._jobs.update_job(job_id, status="failed", error=error)

@@ -185,6 +185,7 @@ class BatchRunner:
             self._settings,
             batch,
             defaults=options.get("defaults") or {},
+            fixed=options.get("fixed") or {},
             max_line_bytes=self._limits.max_line_bytes,
         )
         run = ShardRun(

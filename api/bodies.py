@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from mora_serve.dpo_loss import DpoLoss
 from mora_serve.errors import InvalidRequestError
 from mora_serve.requests import BODIES, MAX_SEED, Body, MessageBody, Text
 from mora_serve.validation import request_error
@@ -326,9 +327,14 @@ class MoraTraining(Body):
 
     mode: Literal["simultaneous", "sequential"] | None = None
     dimensions: list[Text] | None = Field(None, min_length=1)
-    """Stages of a sequential run, in order."""
+    """Stages of a sequential run, in order; null takes the configured dimensions in theirs."""
+    resample: bool | None = None
+    """Sequential only. By default each stage samples the prompts of ``training_file`` from the
+    version that the stage before published; false trains all stages on the pairs it has."""
     lora: bool | None = None
     lora_rank: PositiveInt | None = None
+    loss: DpoLoss | None = None
+    """Variant of DPO; replaces the configured one as a whole."""
     max_steps: PositiveInt | None = None
     max_length: Annotated[int, Field(ge=16)] | None = None
     checkpoint_steps: PositiveInt | None = None

@@ -428,6 +428,21 @@ class FineTuningError(Wire):
     param: str | None = None
 
 
+class FineTuningStage(Wire):
+    """One stage of a sequential job that samples its pairs."""
+
+    dimension: str
+    model: str
+    """Version that the stage samples, and trains further."""
+    batch_id: str
+    version: str | None
+    """What the stage published."""
+    steps: int
+    trained_tokens: int
+    status: Literal["running", "succeeded", "left_out"]
+    """``left_out``: the batch had no pair of this dimension."""
+
+
 class FineTuningJob(Wire):
     id: str
     object: Literal["fine_tuning.job"]
@@ -445,6 +460,8 @@ class FineTuningJob(Wire):
     organization_id: str
     result_files: list[str]
     seed: int
+    stages: list[FineTuningStage] | None
+    """Of a sequential job, those begun so far; null otherwise."""
     status: Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
     suffix: str | None
     trained_tokens: int | None

@@ -275,7 +275,7 @@ def _train(
 
 def audited_rows(source: Any, start: Any) -> Any:
     """Rows that remember the hashes of those that went into steps."""
-    from trainer.source import ResumableRows
+    from trainer.source import Margins, ResumableRows
 
     class AuditedRows(ResumableRows):
         def __init__(self) -> None:
@@ -290,10 +290,11 @@ def audited_rows(source: Any, start: Any) -> Any:
                 self._handed_out.append(row_hash(row))
                 yield row
 
-        def consumed(self, num_rows: int) -> None:
-            super().consumed(num_rows)
+        def consumed(self, num_rows: int) -> list[Margins]:
+            taught = super().consumed(num_rows)
             self.trained += self._handed_out[:num_rows]
             del self._handed_out[:num_rows]
+            return taught
 
     return AuditedRows()
 

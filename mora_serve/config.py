@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
 
+from mora_serve.dpo_loss import DpoLoss
 from mora_serve.errors import ConfigError
 from mora_serve.scorer_settings import ScorerSettings
 from mora_serve.sections import Positive, ReplicaSettings, Section
@@ -198,6 +199,7 @@ class TrainerSettings(Section):
     lora_rank: int = Field(default=8, ge=1)
     lora_alpha: int = Field(default=16, ge=1)
     beta: Positive = 0.1
+    loss: DpoLoss = DpoLoss()
     learning_rate: Positive = 5e-5
     batch_size: int = Field(default=4, ge=1)
     max_steps: int | None = Field(default=None, ge=1)

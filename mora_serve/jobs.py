@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ def job_body(
     beta: float | None = None,
     num_epochs: int | None = None,
     mode: str | None = None,
+    dimensions: Sequence[str] | None = None,
+    resample: bool | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
     """Body of ``POST /v1/fine_tuning/jobs``; what is ``None`` keeps the server's default."""
@@ -29,7 +31,8 @@ def job_body(
     given = {"beta": beta, "n_epochs": num_epochs}
     if hyperparameters := {key: value for key, value in given.items() if value is not None}:
         method["dpo"] = {"hyperparameters": hyperparameters}
-    options = {"max_steps": max_steps, "mode": mode}
+    options: dict[str, Any] = {"max_steps": max_steps, "mode": mode, "resample": resample}
+    options["dimensions"] = list(dimensions) if dimensions else None
     body: dict[str, Any] = {"model": model, "training_file": training_file, "method": method}
     if extensions := {key: value for key, value in options.items() if value is not None}:
         body["mora"] = extensions

@@ -21,7 +21,9 @@ MAX_SHOWN_CHARS: Final = 80
 
 _TAGS: Final = frozenset({"string", "turns", "[key]"})
 """Parts of a path that pydantic adds and no caller wrote."""
-_SHOWN_FIELDS: Final = frozenset({"model", "mode", "strategies", "dimensions", "role"})
+_SHOWN_FIELDS: Final = frozenset(
+    {"model", "mode", "strategies", "dimensions", "role", "loss_type", "f_divergence_type"}
+)
 """Fields whose text may be repeated in a message; all other text could be a prompt."""
 _RULES: Final[Mapping[str, str]] = {
     "missing": "must be given",
@@ -48,6 +50,7 @@ _RULES: Final[Mapping[str, str]] = {
     "bool_type": "must be true or false",
     "bool_parsing": "must be true or false",
     "list_type": "must be a list",
+    "tuple_type": "must be a list",
     "dict_type": "must be an object",
     "model_type": "must be an object",
     "model_attributes_type": "must be an object",
@@ -82,10 +85,11 @@ def request_error(error: ValidationError, *, prefix: str = "") -> InvalidRequest
     """
     item = error.errors(include_url=False)[0]
     broken = item.get("ctx", {}).get("error")
-    if isinstance(broken, RuleError):
-        return InvalidRequestError(f"{prefix}{broken}", prefix + broken.param, "invalid_value")
-    kind = item["type"]
     parts = [str(part) for part in item["loc"] if part not in _TAGS]
+    if isinstance(broken, RuleError):
+        section = prefix + "".join(f"{part}." for part in parts)
+        return InvalidRequestError(f"{section}{broken}", section + broken.param, "invalid_value")
+    kind = item["type"]
     path = shown(prefix + ".".join(parts) if parts else prefix.removesuffix("."))
     if kind == "extra_forbidden":
         message = f"{path} is not a field of this request"

@@ -24,12 +24,13 @@ from ray.train.torch import TorchTrainer
 
 from mora_serve.config import ENV_CONFIG, Settings, dump_settings, settings_from_dump
 from mora_serve.errors import ConfigError, InvalidRequestError
+from mora_serve.policies import cancel_stage_batches
 from mora_serve.store import open_stores
-from trainer.dpo import RunState
 from trainer.feeds import StoreSession
 from trainer.job import TERMINAL, TrainingJob, read_job
 from trainer.loop import train_worker
-from trainer.publish import publish
+from trainer.publish import finish, publish
+from trainer.stages import StagedRun, no_pairs, train_on
 from trainer.tiny_model import ensure_tiny_model
 
 logger = logging.getLogger("trainer")
@@ -63,39 +64,36 @@ def run_job(session: StoreSession, settings: Settings, job_id: str) -> int:
         return 0
     try:
         job = read_job(stored, settings.trainer)
-        model = resolve_model(session, settings, job)
-        # Held from the start, so that no pair leaves the tail before it was read once.
-        if job.reads_stream:
-            session.call(session.stores.pairs.register_reader(job.training_file, job.id, -1))
+        resolve_model(session, settings, job)
         session.call(jobs.update_job(job_id, status="running"))
         _join_ray(settings)
-        checkpoint = fit(settings, job, model)
-        if session.call(jobs.get_job(job_id))["status"] in TERMINAL:
-            return 0
-        if checkpoint is None:
-            raise InvalidRequestError(
-                "training_file must yield at least one pair that fits max_length, got none",
-                "training_file",
-                "no_pairs",
-            )
-        state = RunState.load(checkpoint)
-        session.call(
-            publish(
-                session.stores,
-                job,
-                checkpoint,
-                trained_tokens=state.trained_tokens,
-                data_dir=settings.data_dir.absolute(),
-            )
-        )
+        train_and_publish(session, settings, job)
     except InvalidRequestError as error:
         fail(session, job_id, error)
     except TrainingFailedError as error:
         return _after_failed_fit(session, job_id, error)
-    finally:
-        if stored["training_file"].startswith("batch"):
-            session.call(session.stores.pairs.unregister_reader(stored["training_file"], job_id))
     return 0
+
+
+def train_and_publish(session: StoreSession, settings: Settings, job: TrainingJob) -> None:
+    """One run, or stage after stage; leaves a job alone that was ended meanwhile."""
+
+    def train(run: TrainingJob) -> Path | None:
+        return fit(settings, run, resolve_model(session, settings, run))
+
+    stores, data_dir = session.stores, settings.data_dir.absolute()
+    if job.resample:
+        staged = StagedRun(session, job, settings.policy.model, train, data_dir)
+        last, trained_tokens = staged.run()
+        if not staged.is_over():
+            session.call(finish(stores, last, trained_tokens=trained_tokens))
+        return
+    checkpoint = train_on(session, job, train)
+    if session.call(stores.jobs.get_job(job.id))["status"] in TERMINAL:
+        return
+    if checkpoint is None:
+        raise no_pairs()
+    session.call(publish(stores, job, checkpoint, data_dir=data_dir))
 
 
 def fit(settings: Settings, job: TrainingJob, model: Mapping[str, str | None]) -> Path | None:
@@ -105,7 +103,7 @@ def fit(settings: Settings, job: TrainingJob, model: Mapping[str, str | None]) -
         train_worker,
         train_loop_config={
             "settings": dump_settings(settings, reveal=True),
-            "job_id": job.id,
+            "job": job,
             **model,
         },
         scaling_config=ScalingConfig(
@@ -116,7 +114,7 @@ def fit(settings: Settings, job: TrainingJob, model: Mapping[str, str | None]) -
             | trainer.resources,
         ),
         run_config=RunConfig(
-            name=job.id,
+            name=job.run_name,
             storage_path=str(settings.data_dir.absolute() / "train"),
             failure_config=FailureConfig(max_failures=0),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
@@ -142,6 +140,13 @@ def resolve_model(
         return {"model_dir": base, "adapter_dir": None}
     if kind == "lora":
         return {"model_dir": base, "adapter_dir": uri}
+    if kind == "merged" and job.lora:
+        raise InvalidRequestError(
+            f"mora.lora must be false to train {job.model} further, which is full weights: an "
+            "adapter of it would be applied to the base model",
+            "mora.lora",
+            "invalid_value",
+        )
     if kind == "merged":
         return {"model_dir": uri, "adapter_dir": None}
     raise InvalidRequestError(
@@ -164,6 +169,7 @@ def fail(session: StoreSession, job_id: str, error: InvalidRequestError) -> None
     """Record a fault of the job itself, which no restart can mend."""
     logger.error("job %s failed: %s", job_id, error.message)
     jobs = session.stores.jobs
+    session.call(cancel_stage_batches(session.stores.batches, session.call(jobs.get_job(job_id))))
     reason = {"code": error.code, "message": error.message, "param": error.param}
     session.call(jobs.add_event(job_id, {"level": "error", "message": error.message}))
     session.call(jobs.update_job(job_id, status="failed", error=reason))

@@ -7,9 +7,9 @@ Ray nor the stores: progress leaves through :class:`RunHooks`.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,12 +31,13 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from trainer.job import TrainingJob
-from trainer.source import Position, ResumableRows, Row
+from trainer.run_state import RunState
+from trainer.source import Margins, ResumableRows, Row
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "mora_state.json"
-"""Beside TRL's own files in each checkpoint: position, trained tokens, whether the run is over."""
+REFERENCE_ADAPTER = "ref"
+"""TRL's name for the frozen copy of an adapter that is trained further."""
 UNBOUNDED_STEPS = 10**9
 """``max_steps`` of a run that ends with its data: a streaming dataset needs a number."""
 LORA_TARGETS = (
@@ -66,35 +67,6 @@ class RunHooks(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """What a checkpoint knows beyond TRL's files."""
-
-    position: Position
-    trained_tokens: int
-    waited_s: float = 0.0
-    done: bool = False
-
-    def save(self, folder: Path) -> None:
-        data = {
-            "position": self.position.to_json(),
-            "trained_tokens": self.trained_tokens,
-            "waited_s": self.waited_s,
-            "done": self.done,
-        }
-        (folder / STATE_FILE).write_text(json.dumps(data), "utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> RunState:
-        data = json.loads((folder / STATE_FILE).read_text("utf-8"))
-        return cls(
-            position=Position.from_json(data["position"]),
-            trained_tokens=int(data["trained_tokens"]),
-            waited_s=float(data["waited_s"]),
-            done=bool(data["done"]),
-        )
-
-
 def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, with a padding token."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -103,15 +75,20 @@ def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def has_bfloat16(*, use_gpu: bool) -> bool:
+    """Whether the device computes in bfloat16; every CPU does, if need be in software."""
+    return torch.cuda.is_bf16_supported(including_emulation=False) if use_gpu else True
+
+
 def load_policy(
     model_dir: str, *, lora: bool, use_gpu: bool, adapter_dir: str | None = None
 ) -> torch.nn.Module:
     """The policy to train, optionally with the adapter of an earlier version.
 
-    Frozen weights under LoRA are bfloat16, trained weights are float32. An earlier adapter is
-    trained on with a frozen copy as reference; a full run merges it first.
+    Frozen weights under LoRA are bfloat16 where the device has it, trained weights float32. An
+    earlier adapter is trained on with a frozen copy as reference; a full run merges it first.
     """
-    dtype = torch.bfloat16 if lora else torch.float32
+    dtype = torch.bfloat16 if lora and has_bfloat16(use_gpu=use_gpu) else torch.float32
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
     if use_gpu:
         model = model.to("cuda")
@@ -146,10 +123,11 @@ def build_config(job: TrainingJob, output_dir: Path, *, use_gpu: bool) -> DPOCon
         lr_scheduler_type="linear" if job.max_steps else "constant",
         learning_rate=job.learning_rate,
         beta=job.beta,
+        **job.loss.options(),
         max_length=job.max_length,
         seed=job.seed,
         data_seed=job.seed,
-        bf16=use_gpu,
+        bf16=use_gpu and has_bfloat16(use_gpu=use_gpu),
         use_cpu=not use_gpu,
         # Recomputing activations saves memory that short pairs do not need.
         gradient_checkpointing=use_gpu,
@@ -177,6 +155,42 @@ def lora_config(job: TrainingJob) -> LoraConfig:
     )
 
 
+@dataclass(slots=True)
+class StepCounts:
+    """What went into a step, in a form that ranks can add up."""
+
+    tokens: int
+    totals: list[float]
+    """Per dimension: rewards of chosen minus rejected, summed over the pairs that have both."""
+    num_pairs: list[int]
+    """Per dimension: how many pairs have both."""
+
+    @classmethod
+    def zero(cls, num_dimensions: int) -> StepCounts:
+        return cls(0, [0.0] * num_dimensions, [0] * num_dimensions)
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> StepCounts:
+        half = (len(numbers) - 1) // 2 + 1
+        return cls(int(numbers[0]), list(numbers[1:half]), [int(n) for n in numbers[half:]])
+
+    def tensor(self, device: torch.device) -> torch.Tensor:
+        """``[1 + 2 K]``, the inverse of :meth:`of`."""
+        numbers = [self.tokens, *self.totals, *self.num_pairs]
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+    def add(self, taught: Margins, dimensions: Sequence[str]) -> None:
+        for place, name in enumerate(dimensions):
+            if name in taught:
+                self.totals[place] += taught[name]
+                self.num_pairs[place] += 1
+
+    def margins(self, dimensions: Sequence[str]) -> dict[str, float]:
+        """Mean margin per dimension, of those that any pair has."""
+        counted = zip(dimensions, self.totals, self.num_pairs, strict=True)
+        return {name: total / num for name, total, num in counted if num}
+
+
 class StreamingDPOTrainer(DPOTrainer):  # type: ignore[misc]
     """DPOTrainer whose rows arrive partitioned and in order.
 
@@ -185,9 +199,19 @@ class StreamingDPOTrainer(DPOTrainer):  # type: ignore[misc]
     one that is.
     """
 
-    def __init__(self, *, rows: ResumableRows, trained_tokens: int, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        rows: ResumableRows,
+        trained_tokens: int,
+        dimensions: Sequence[str],
+        **options: Any,
+    ) -> None:
         self.rows = rows
         self.trained_tokens = trained_tokens
+        """Tokens of prompts and answers in all steps so far, over all ranks."""
+        self.dimensions = tuple(dimensions)
+        self._step = StepCounts.zero(len(self.dimensions))
         super().__init__(**options)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -208,14 +232,26 @@ class StreamingDPOTrainer(DPOTrainer):  # type: ignore[misc]
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         batch = self.data_collator([{name: row[name] for name in names} for row in examples])
-        self.rows.consumed(len(examples))
-        self.trained_tokens += int(batch["attention_mask"].sum())
+        for taught in self.rows.consumed(len(examples)):
+            self._step.add(taught, self.dimensions)
+        self._step.tokens += int(batch["attention_mask"].sum())
         return dict(batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to the metrics of a step what its pairs teach, over all ranks: ``margins/<k>``."""
+        if "loss" in logs:
+            counted = self.accelerator.reduce(self._step.tensor(self.accelerator.device), "sum")
+            step = StepCounts.of(counted.tolist())
+            self._step = StepCounts.zero(len(self.dimensions))
+            self.trained_tokens += step.tokens
+            logs |= {f"margins/{k}": v for k, v in step.margins(self.dimensions).items()}
+        super().log(logs, start_time)
 
     def run_state(self, *, done: bool) -> RunState:
         """Where the run stands after the last batch that was handed out."""
         waited_s = self.rows.source.counts.waited_s
-        return RunState(self.rows.position, self.trained_tokens, waited_s, done)
+        step = self.state.global_step
+        return RunState(self.rows.position, self.trained_tokens, step, waited_s, done)
 
 
 class _HookCallback(TrainerCallback):  # type: ignore[misc]
@@ -267,6 +303,10 @@ class _HookCallback(TrainerCallback):  # type: ignore[misc]
         assert self.trainer is not None, "bound before training starts"
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
+            # Where a run starts from an adapter, peft saves the frozen copy of it as well, and
+            # transformers then resumes by the adapters in folders alone, which leaves out the
+            # trained one beside them. The copy is made of the version that the run starts from.
+            shutil.rmtree(folder / REFERENCE_ADAPTER, ignore_errors=True)
             self.trainer.run_state(done=self.done).save(folder)
         self._saved_step = state.global_step
         self.hooks.checkpoint(folder, state.global_step, self.metrics)
@@ -282,11 +322,13 @@ def run_dpo(
     output_dir: Path,
     use_gpu: bool = False,
     resume_from: Path | None = None,
+    dimensions: Sequence[str] = (),
 ) -> RunState | None:
     """Train until ``max_steps``, the end of the data, or a stop.
 
-    Returns the state at the end, or ``None`` when there was no row to train on. Every checkpoint
-    holds all that a later call needs: weights, optimizer, scheduler, random states, position.
+    ``dimensions`` are those whose margins are reported where rows have rewards. Returns the state
+    at the end, or ``None`` when there was no row to train on. Every checkpoint holds all that a
+    later call needs: weights, optimizer, scheduler, random states, position.
     """
     state = RunState.load(resume_from) if resume_from is not None else None
     if state is not None and state.done:
@@ -297,6 +339,7 @@ def run_dpo(
     trainer = StreamingDPOTrainer(
         rows=rows,
         trained_tokens=state.trained_tokens if state is not None else 0,
+        dimensions=dimensions,
         model=model,
         args=build_config(job, output_dir, use_gpu=use_gpu),
         train_dataset=IterableDataset.from_generator(rows),

@@ -21,10 +21,12 @@ from ray.train.collective import broadcast_from_rank_zero
 from mora_serve.config import Settings, settings_from_dump
 from mora_serve.errors import InvalidRequestError, MoraError, StorageError
 from mora_serve.store import open_stores
-from trainer.dpo import RunState, load_policy, load_tokenizer, prompt_fits, run_dpo
+from trainer.dpo import load_policy, load_tokenizer, prompt_fits, run_dpo
 from trainer.feeds import BatchFeed, StoreSession, read_training_file
-from trainer.job import TERMINAL, TrainingJob, read_job
+from trainer.job import TERMINAL, TrainingJob
 from trainer.metrics import exposition
+from trainer.publish import checkpoint_id
+from trainer.run_state import RunState
 from trainer.source import Feed, ListFeed, PairSource, Position, ResumableRows
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class JobControl:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         waited_s = self.source.counts.waited_s if self.source is not None else 0.0
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        step += self.job.first_step
         report = {"step": step, **finite, "wait_for_data_seconds": round(waited_s, 3)}
         if self.rank == 0:
             self._add_metrics_event(step, report)
@@ -82,22 +85,27 @@ class JobControl:
 
     def checkpoint(self, folder: Path, step: int, metrics: Mapping[str, float]) -> None:
         if self.rank != 0:
-            ray.train.report({"step": step})
+            # Of a rank that is not the first, its random states are all there is; Ray Train puts
+            # the ranks' files into one folder.
+            own = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({"step": step}, checkpoint=own)
             return
         state = RunState.load(folder)
+        trained_tokens = self.job.earlier_tokens + state.trained_tokens
         ray.train.report(
-            {"step": step, "trained_tokens": state.trained_tokens, **metrics},
+            {"step": step, "trained_tokens": trained_tokens, **metrics},
             checkpoint=ray.train.Checkpoint.from_directory(folder),
         )
         self._move_reader(state.position)
         jobs = self.session.stores.jobs
+        step += self.job.first_step
         record = {
-            "id": f"ftckpt-{self.job.id.removeprefix('ftjob-')}-{step}",
+            "id": checkpoint_id(self.job.id, step),
             "step_number": step,
             "metrics": {"step": step, "train_loss": metrics.get("loss")},
         }
         self.session.call(jobs.add_checkpoint(self.job.id, record))
-        self.session.call(jobs.update_job(self.job.id, trained_tokens=state.trained_tokens))
+        self.session.call(jobs.update_job(self.job.id, trained_tokens=trained_tokens))
 
     def _add_metrics_event(self, step: int, report: Mapping[str, Any]) -> None:
         data = {**report, "train_loss": report.get("loss")}
@@ -122,13 +130,12 @@ class JobControl:
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
-    """Ray Train entry point; ``config`` has ``settings`` (a dump), ``job_id``, model paths."""
+    """Ray Train entry point; ``config`` has ``settings`` (a dump), ``job``, and model paths."""
     settings = settings_from_dump(config["settings"])
     torch.set_num_threads(settings.trainer.num_threads)
     context = ray.train.get_context()
     with StoreSession(open_stores(settings)) as session:
-        stored = session.call(session.stores.jobs.get_job(config["job_id"]))
-        job = read_job(stored, settings.trainer)
+        job: TrainingJob = config["job"]
         control = JobControl(session, job, context.get_world_rank(), context.get_world_size())
         with tempfile.TemporaryDirectory(prefix="mora-train-") as scratch:
             _train(settings, control, config, Path(scratch))
@@ -155,12 +162,10 @@ def _train(
         use_gpu=settings.trainer.use_gpu,
         adapter_dir=config.get("adapter_dir"),
     )
-    checkpoint = ray.train.get_checkpoint()
-    resume_from = None
-    if checkpoint is not None:
-        resume_from = Path(checkpoint.to_directory(str(scratch / "resume")))
-    start = RunState.load(resume_from).position if resume_from is not None else Position()
+    start, resume_from = Position(), _last_checkpoint(scratch / "resume")
     if resume_from is not None:
+        state = RunState.load(resume_from)
+        start, source.counts.waited_s = state.position, state.waited_s
         logger.info("job %s resumes behind pair %d", job.id, start.seq)
     run_dpo(
         job,
@@ -171,7 +176,14 @@ def _train(
         output_dir=scratch / "output",
         use_gpu=settings.trainer.use_gpu,
         resume_from=resume_from,
+        dimensions=settings.dimensions,
     )
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The run's last checkpoint, copied to ``folder``; ``None`` at its begin."""
+    checkpoint = ray.train.get_checkpoint()
+    return None if checkpoint is None else Path(checkpoint.to_directory(str(folder)))
 
 
 def open_feed(session: StoreSession, job: TrainingJob) -> Feed:

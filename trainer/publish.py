@@ -18,6 +18,7 @@ from typing import Any
 
 from mora_serve.store import Stores
 from trainer.job import TrainingJob
+from trainer.run_state import RunState
 
 METRIC_COLUMNS = (
     "step",
@@ -30,6 +31,8 @@ METRIC_COLUMNS = (
     "grad_norm",
     "wait_for_data_seconds",
 )
+MARGINS = "margins/"
+"""Columns per dimension: what the step's pairs teach, beside the policy's ``rewards/margins``."""
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _TRAINER_STATE = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "mora_")
 _PAGE = 100
@@ -47,12 +50,22 @@ def policy_files(checkpoint: Path, *, lora: bool) -> list[Path]:
 
 
 async def publish(
-    stores: Stores, job: TrainingJob, checkpoint: Path, *, trained_tokens: int, data_dir: Path
+    stores: Stores, job: TrainingJob, checkpoint: Path, *, data_dir: Path
 ) -> dict[str, Any]:
-    """Store files and version, make the job ``succeeded``; returns the job.
+    """Publish the version of a job that is one run, and end the job; returns the job."""
+    state = RunState.load(checkpoint)
+    await publish_version(stores, job, checkpoint, step=state.step, data_dir=data_dir)
+    return await finish(stores, job, trained_tokens=state.trained_tokens)
+
+
+async def publish_version(
+    stores: Stores, job: TrainingJob, checkpoint: Path, *, step: int, data_dir: Path
+) -> None:
+    """Store the policy's files and make them a version.
 
     The version's ``uri`` is a directory: the blob store's own when that is local, otherwise one
-    under ``data_dir`` (absolute), which generators must be able to read.
+    under ``data_dir`` (absolute), which generators must be able to read. ``step`` is the last one
+    of the run: its checkpoint gets the version's name.
     """
     files = policy_files(checkpoint, lora=job.lora)
     prefix = f"policies/{job.policy_id}"
@@ -61,12 +74,6 @@ async def publish(
     uri = stores.blobs.local_path(prefix)
     if uri is None:
         uri = str(await asyncio.to_thread(_copy, files, data_dir / prefix))
-    events = await all_events(stores, job.id)
-    archive = await asyncio.to_thread(_zip, files)
-    results = [
-        await _put_result(stores, job, "metrics", "csv", metrics_csv(events)),
-        await _put_result(stores, job, "adapter" if job.lora else "policy", "zip", archive),
-    ]
     version = {
         "id": job.policy_id,
         "created": int(time.time()),
@@ -78,7 +85,23 @@ async def publish(
     known = {policy["id"]: policy for policy in await stores.jobs.list_policies()}
     version["created"] = known.get(job.policy_id, version)["created"]
     await stores.jobs.publish_policy(version, make_current=job.make_current)
-    await stores.jobs.add_event(job.id, {"message": f"Published policy version {job.policy_id}"})
+    await _name_checkpoint(stores, job, job.first_step + step)
+    message = f"Published policy version {job.policy_id}"
+    event = {"id": f"ftevent-{job.run_name}-published", "message": message}
+    await stores.jobs.add_event(job.id, event)
+
+
+async def finish(stores: Stores, job: TrainingJob, *, trained_tokens: int) -> dict[str, Any]:
+    """Store the result files of a published job and make it ``succeeded``; returns the job."""
+    versions = {policy["id"]: policy for policy in await stores.jobs.list_policies()}
+    folder = Path(versions[job.policy_id]["uri"])
+    files = await asyncio.to_thread(policy_files, folder, lora=job.lora)
+    events = await all_events(stores, job.id)
+    archive = await asyncio.to_thread(_zip, files)
+    results = [
+        await _put_result(stores, job, "metrics", "csv", metrics_csv(events)),
+        await _put_result(stores, job, "adapter" if job.lora else "policy", "zip", archive),
+    ]
     return await stores.jobs.update_job(
         job.id,
         status="succeeded",
@@ -87,6 +110,19 @@ async def publish(
         trained_tokens=trained_tokens,
         finished_at=int(time.time()),
     )
+
+
+def checkpoint_id(job_id: str, step: int) -> str:
+    """Id of a job's checkpoint, the same however often the step is taken."""
+    return f"ftckpt-{job_id.removeprefix('ftjob-')}-{step}"
+
+
+async def _name_checkpoint(stores: Stores, job: TrainingJob, step: int) -> None:
+    name = checkpoint_id(job.id, step)
+    newest, _ = await stores.jobs.list_checkpoints(job.id, after=None, limit=_PAGE)
+    known = next((item for item in newest if item["id"] == name), {"id": name, "step_number": step})
+    named = {**known, "fine_tuned_model_checkpoint": job.policy_id}
+    await stores.jobs.add_checkpoint(job.id, named)
 
 
 async def all_events(stores: Stores, job_id: str) -> list[dict[str, Any]]:
@@ -109,7 +145,9 @@ def metrics_csv(events: Sequence[Mapping[str, Any]]) -> bytes:
         if event.get("type") == "metrics" and event.get("data")
     }
     text = io.StringIO()
-    writer = csv.DictWriter(text, METRIC_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    names = {name for step in by_step.values() for name in step}
+    columns = (*METRIC_COLUMNS, *sorted(name for name in names if name.startswith(MARGINS)))
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(by_step[step] for step in sorted(by_step))
     return text.getvalue().encode()

@@ -13,7 +13,9 @@ and gets the rows through :class:`Feed`. It knows nothing of TRL, torch or event
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -22,6 +24,8 @@ from mora_serve.errors import StorageError
 
 Row = Mapping[str, Any]
 """A preference row: ``prompt``, ``chosen``, ``rejected`` as message lists, ``seq`` and more."""
+Margins = Mapping[str, float]
+"""Dimension -> how much higher chosen is rewarded than rejected, in z."""
 
 MIN_WAIT_S = 0.05
 MAX_WAIT_S = 1.0
@@ -164,22 +168,23 @@ class ResumableRows:
     """Rows of a source that can be iterated again and knows what has been trained on.
 
     Consumers of a streaming dataset look at the first row several times before they train. Each
-    iteration starts at :attr:`start`; :meth:`consumed` tells how many rows of the running iteration
-    have been trained on, and :attr:`position` is the place to resume from.
+    iteration begins behind what was trained on, at :attr:`start`; :meth:`consumed` says that rows
+    of the running iteration went into a step, and :attr:`position` is the place to resume from.
     """
 
     def __init__(self, source: PairSource, start: Position) -> None:
         self.source = source
         self.start = start
-        self._marks: list[Position] = []
-        self._consumed = 0
+        self.position = start
+        """Behind the last consumed row."""
+        self._ahead: deque[tuple[Position, Margins]] = deque()
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         self.start = self.position
-        self._marks, self._consumed = [], 0
+        self._ahead.clear()
         self.source.counts = SourceCounts(waited_s=self.source.counts.waited_s)
         for row, position in self.source.rows(self.start):
-            self._marks.append(position)
+            self._ahead.append((position, margins(row)))
             yield {name: row[name] for name in ("prompt", "chosen", "rejected")}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -187,16 +192,34 @@ class ResumableRows:
         source = self.source
         return tuple, ((self.start.number, self.start.seq, source.rank, source.world_size),)
 
-    def consumed(self, num_rows: int) -> None:
-        """Count rows of the running iteration that went into a training step."""
-        self._consumed += num_rows
-        if self._consumed > len(self._marks):
-            raise ValueError(f"{self._consumed} rows consumed of {len(self._marks)} handed out")
+    def consumed(self, num_rows: int) -> list[Margins]:
+        """Count the next rows as trained on; returns what each teaches."""
+        if num_rows > len(self._ahead):
+            raise ValueError(f"{num_rows} rows consumed of {len(self._ahead)} handed out")
+        taken = [self._ahead.popleft() for _ in range(num_rows)]
+        if taken:
+            self.position = taken[-1][0]
+        return [taught for _, taught in taken]
 
-    @property
-    def position(self) -> Position:
-        """Behind the last consumed row."""
-        return self._marks[self._consumed - 1] if self._consumed else self.start
+
+def margins(row: Row) -> Margins:
+    """Calibrated reward of chosen minus rejected, of the dimensions on which both have one."""
+    chosen, rejected = row.get("chosen_scores"), row.get("rejected_scores")
+    if not isinstance(chosen, Mapping) or not isinstance(rejected, Mapping):
+        return {}
+    values = {name: (_value(chosen[name]), _value(rejected.get(name))) for name in chosen}
+    return {
+        name: better - worse
+        for name, (better, worse) in values.items()
+        if better is not None and worse is not None
+    }
+
+
+def _value(score: Any) -> float | None:
+    value = score.get("value") if isinstance(score, Mapping) else score
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,12 @@ What the gateway stores and the trainer reads (``trainer/job.py``) is one object
      "seed": int, "suffix": str | null, "metadata": {...} | null,
      "method": {"type": "dpo", "dpo": {"hyperparameters": {
          "beta", "batch_size", "learning_rate_multiplier", "n_epochs"}}},   # number or "auto"
-     "mora": {"mode", "dimensions", "lora", "lora_rank", "max_steps", "max_length",
-              "checkpoint_steps", "make_current"}}      # only the keys that were given
+     "mora": {"mode", "dimensions", "resample", "lora", "lora_rank", "loss", "max_steps",
+              "max_length", "checkpoint_steps", "make_current"}}   # only the keys that were given
 
-``training_file`` may name a batch: its pairs are then trained on while it still runs. The store
+``training_file`` may name a batch: its pairs are then trained on while it still runs. A sequential
+job takes the prompts of the batch, or of a file of batch rows, and has a batch of its own sample
+them for every stage, from the version of the stage before; ``stages`` says how far it is. The store
 fills in the remaining fields of the object; the trainer alone changes ``status`` after ``queued``,
 apart from cancellation. Events and checkpoints are what the trainer adds, with OpenAI's fields.
 """
@@ -20,13 +22,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from api.bodies import FineTuningRequest, parse, read_json
+from api.bodies import FineTuningRequest, MoraTraining, parse, read_json
 from api.deps import Deps, DepsArg
 from api.openapi import json_body
 from api.routes.models import unknown_model
@@ -34,6 +36,7 @@ from api.routes.paging import AfterArg, LimitArg, page, referenced
 from api.schemas import FineTuningCheckpoint, FineTuningEvent, FineTuningJob, Page
 from api.streaming import SSE_DONE, Json, sse_event, sse_response
 from mora_serve.errors import InvalidRequestError
+from mora_serve.policies import cancel_stage_batches
 from mora_serve.requests import REWRITES_URL
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
@@ -48,15 +51,21 @@ async def create_job(request: Request, deps: DepsArg) -> Response:
     """Queue a DPO run; a launcher starts a trainer for it."""
     body = parse(FineTuningRequest, await read_json(request))
     _check_dimensions(deps, body)
+    if body.mora is not None:
+        _check_sequential(body.mora)
     await _check_model(deps, body.model)
-    await _check_training_file(deps, body.training_file)
-    job = await deps.stores.jobs.create_job(job_object(body))
+    purpose = "batch" if _resamples(body) else "fine-tune"
+    await _check_training_file(deps, body.training_file, purpose)
+    job = await deps.stores.jobs.create_job(job_object(body, deps.settings.dimensions))
     await deps.stores.jobs.add_event(job["id"], {"message": f"Created fine-tuning job {job['id']}"})
     return Json(present(job))
 
 
-def job_object(body: FineTuningRequest) -> dict[str, Any]:
+def job_object(body: FineTuningRequest, dimensions: Sequence[str]) -> dict[str, Any]:
     """The stored object of a request, see the module docstring."""
+    mora = body.mora.model_dump(exclude_none=True) if body.mora else {}
+    if mora.get("mode") == "sequential":
+        mora.setdefault("dimensions", list(dimensions))
     method = body.method.dpo.hyperparameters if body.method and body.method.dpo else None
     given = method or body.hyperparameters
     hyperparameters = given.model_dump(exclude_none=True) if given else {}
@@ -74,7 +83,7 @@ def job_object(body: FineTuningRequest) -> dict[str, Any]:
         "metadata": body.metadata,
         "hyperparameters": {k: v for k, v in resolved.items() if k != "beta"},
         "method": {"type": "dpo", "dpo": {"hyperparameters": resolved}},
-        "mora": body.mora.model_dump(exclude_none=True) if body.mora else {},
+        "mora": mora,
     }
 
 
@@ -89,13 +98,40 @@ async def _check_model(deps: Deps, model: str) -> None:
         raise unknown_model(model)
 
 
-async def _check_training_file(deps: Deps, name: str) -> None:
+def _resamples(body: FineTuningRequest) -> bool:
+    """Whether each stage of the job samples the prompts of its training file."""
+    options = body.mora
+    return options is not None and options.mode == "sequential" and options.resample is not False
+
+
+def _check_sequential(options: MoraTraining) -> None:
+    if options.mode != "sequential":
+        if options.resample:
+            raise _bad("mora.resample", "must be absent unless mora.mode is sequential")
+        return
+    named = options.dimensions or []
+    if len(set(named)) < len(named):
+        raise _bad("mora.dimensions", "must name each stage of a sequential job once")
+    if options.make_current is False and options.resample is not False:
+        raise _bad(
+            "mora.make_current",
+            "must not be false in a sequential job, whose stages sample the version before; "
+            "activate another one when the job is over",
+        )
+
+
+def _bad(param: str, rule: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{param} {rule}", param, "invalid_value")
+
+
+async def _check_training_file(deps: Deps, name: str, purpose: str) -> None:
     if not name.startswith(BATCH_PREFIXES):
         file, _ = await referenced(deps.stores.batches.get_file(name), "training_file")
-        if file["purpose"] != "fine-tune":
+        if file["purpose"] != purpose:
+            pairs = "; sequential jobs sample prompts, unless mora.resample is false"
             raise InvalidRequestError(
-                f"training_file must name a file with purpose fine-tune or a batch, "
-                f"got purpose {file['purpose']}",
+                f"training_file must name a file with purpose {purpose} or a batch, "
+                f"got purpose {file['purpose']}{pairs if purpose == 'batch' else ''}",
                 "training_file",
                 "invalid_file_purpose",
             )
@@ -137,7 +173,9 @@ async def get_job(job_id: str, deps: DepsArg) -> Response:
 @router.post("/{job_id}/cancel", response_model=FineTuningJob)
 async def cancel_job(job_id: str, deps: DepsArg) -> Response:
     """Ask for cancellation; a finished job is returned unchanged."""
-    return Json(present(await deps.stores.jobs.cancel_job(job_id)))
+    job = await deps.stores.jobs.cancel_job(job_id)
+    await cancel_stage_batches(deps.stores.batches, job)
+    return Json(present(job))
 
 
 @router.get("/{job_id}/events", response_model=Page[FineTuningEvent])

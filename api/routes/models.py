@@ -15,6 +15,7 @@ from api.deps import Deps, DepsArg
 from api.schemas import Model, ModelList
 from api.streaming import Json
 from mora_serve.errors import NotFoundError
+from mora_serve.policies import activate
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -41,16 +42,11 @@ async def activate_model(model: str, deps: DepsArg) -> Response:
     Older versions stay listed. Where an engine holds one set of weights at a time (CPU), the
     current version is the only one that can be sampled.
     """
-    jobs = deps.stores.jobs
-    known = {version["id"]: version for version in await jobs.list_policies()}
-    if model not in known and model != deps.settings.policy.model:
-        raise unknown_model(model)
-    if model not in known:
-        # The base is served without ever having been published.
-        known[model] = {"id": model, "kind": "base", "uri": None}
-        await jobs.publish_policy(known[model], make_current=False)
-    await jobs.set_current_policy(model)
-    return Json(_model(model, known[model], current=True))
+    try:
+        version = await activate(deps.stores.jobs, model, deps.settings.policy.model)
+    except NotFoundError:
+        raise unknown_model(model) from None
+    return Json(_model(model, version, current=True))
 
 
 def unknown_model(name: str) -> NotFoundError:

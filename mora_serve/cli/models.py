@@ -1,9 +1,10 @@
-"""``mora-serve models``: prepare the embedded model, list what can be sampled."""
+"""``mora-serve models``: prepare the embedded model, list what can be sampled, choose from it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 import typer
 
@@ -48,6 +49,18 @@ def prepare(
     with StopSignals() as signals:
         prepare_model(directory, signals, note, *(["--force"] if force else []))
     say(str(directory))
+
+
+@app.command("activate")
+def activate(
+    version: Annotated[str, typer.Argument(help="A published version, or the base model.")],
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a version the one that is sampled by default; an older one to roll back."""
+    model = client_for(url, api_key).post(f"/v1/models/{quote(version)}/activate")
+    say_json(model) if as_json else say(str(model["id"]))
 
 
 @app.command("list")

@@ -26,13 +26,23 @@ POLL_S = 1.0
 
 def train(
     *,
-    batch: Annotated[str, typer.Option(help="Batch (or file) id whose pairs are trained on.")],
+    batch: Annotated[
+        str,
+        typer.Option(help="Batch (or file) id whose pairs, or in stages prompts, are used."),
+    ],
     model: Annotated[
         str | None, typer.Option(help="Version to start from; default: current.")
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
     beta: Annotated[float | None, typer.Option(help="DPO's beta.")] = None,
     mode: Annotated[str | None, typer.Option(help="simultaneous or sequential.")] = None,
+    dimension: Annotated[
+        list[str] | None, typer.Option(help="A stage of a sequential run; repeat it, in order.")
+    ] = None,
+    resample: Annotated[
+        bool | None,
+        typer.Option(help="Sequential: sample each stage's pairs from the version before it."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
     follow: Annotated[bool, typer.Option(help="Show events until the job ends.")] = True,
     url: UrlOption = DEFAULT_URL,
@@ -42,7 +52,10 @@ def train(
     """Train on the pairs of a batch, finished or still running; publishes a policy version."""
     client = client_for(url, api_key)
     base = model or current_model(client)
-    body = job_body(base, batch, max_steps=max_steps, beta=beta, mode=mode, seed=seed)
+    body = job_body(
+        base, batch, max_steps=max_steps, beta=beta, mode=mode, dimensions=dimension,
+        resample=resample, seed=seed,
+    )  # fmt: skip
     job = client.post("/v1/fine_tuning/jobs", body)
     if not follow:
         say_json(job) if as_json else say(job["id"])

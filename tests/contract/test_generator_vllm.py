@@ -18,8 +18,10 @@ import pytest
 import pytest_asyncio
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.generator import PolicyVersion
+from actors.merge import merge_adapter
 from actors.prepare_model import prepare
 from actors.vllm_engine import VllmGenerator
 from mora_serve.config import load_settings
@@ -37,6 +39,8 @@ pytestmark = [
 SETTINGS = load_settings("embedded", environ={}).policy
 LIMIT = SETTINGS.max_model_len
 BASE = PolicyVersion(SETTINGS.model, "base", None)
+NEAR_TIE = 0.25
+"""Log odds that half precision may take for equal."""
 CACHE = Path(__file__).parents[2] / ".cache" / "models"
 
 
@@ -177,6 +181,38 @@ async def test_an_adapter_is_served_under_its_name_and_the_base_comes_back(
     await engine.publish([BASE, strong], BASE.id)
     assert await engine.models() == [BASE.id]
     assert await answer(engine, question) == before
+
+
+async def test_an_adapter_answers_as_its_merged_weights_do_in_transformers(
+    engine: VllmGenerator, model_dir: Path, tmp_path: Path
+) -> None:
+    strong = write_adapter(tmp_path / "strong", model_dir, scale=0.3)
+    question = "Why is the sky blue?"
+    before = await answer(engine, question)
+    await engine.publish([BASE, strong], strong.id)
+    after = await answer(engine, question)
+    await engine.publish([BASE], BASE.id)
+    merged = tmp_path / "merged"
+    shutil.copytree(model_dir, merged)
+    merge_adapter(model_dir, Path(str(strong.uri)), merged)
+    assert greedy_shortfall(merged, question, after) < NEAR_TIE
+    assert greedy_shortfall(model_dir, question, before) < NEAR_TIE
+    # What tells the two apart is larger than what rounding does to either.
+    assert greedy_shortfall(model_dir, question, after) > 10 * NEAR_TIE
+
+
+def greedy_shortfall(directory: Path, question: str, text: str) -> float:
+    """How far the answer's tokens fall below the most probable ones at worst, in log odds."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    turns = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+    answered = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[*prompt["input_ids"], *answered]])
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        logits = model(ids).logits[0, -len(answered) - 1 : -1]
+    given = logits.gather(1, ids[0, -len(answered) :, None])[:, 0]
+    return float((logits.max(dim=1).values - given).max())
 
 
 async def test_an_adapter_that_changes_nothing_gives_the_bases_answers(

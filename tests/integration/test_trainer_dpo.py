@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from mora_serve.config import TrainerSettings
-from trainer.dpo import RunState, load_policy, load_tokenizer, prompt_fits, run_dpo
+from mora_serve.dpo_loss import SMOOTHED, LossType
+from trainer.dpo import load_policy, load_tokenizer, prompt_fits, run_dpo
 from trainer.job import TrainingJob, read_job
+from trainer.run_state import RunState
 from trainer.source import ListFeed, PairSource, Position, ResumableRows
 from trainer.tiny_model import ensure_tiny_model
 
@@ -25,11 +28,13 @@ class Recorder:
         self.keep = keep
         self.stop_after = stop_after
         self.losses: dict[int, float] = {}
+        self.metrics: dict[int, Mapping[str, float]] = {}
         self.margins: dict[int, float] = {}
         self.checkpoints: list[int] = []
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.losses[step] = metrics["loss"]
+        self.metrics[step] = metrics
         self.margins[step] = metrics["rewards/margins"]
 
     def checkpoint(self, folder: Path, step: int, metrics: Mapping[str, float]) -> None:
@@ -45,6 +50,8 @@ def pair(number: int) -> dict[str, Any]:
         "prompt": [{"role": "user", "content": f"question {number}"}],
         "chosen": [{"role": "assistant", "content": "yes, gladly"}],
         "rejected": [{"role": "assistant", "content": "no, never"}],
+        "chosen_scores": {"helpful": {"value": 1.0}, "harmless": {"value": 0.5}},
+        "rejected_scores": {"helpful": {"value": 0.0}, "harmless": {"value": 0.25 * number}},
     }
 
 
@@ -63,7 +70,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def train(
-    model_dir: str, work: Path, run: TrainingJob, hooks: Recorder, resume_from: Path | None = None
+    model_dir: str,
+    work: Path,
+    run: TrainingJob,
+    hooks: Recorder,
+    resume_from: Path | None = None,
+    adapter: Path | None = None,
 ) -> RunState | None:
     tokenizer = load_tokenizer(model_dir)
     source = PairSource(
@@ -73,11 +85,12 @@ def train(
     return run_dpo(
         run,
         ResumableRows(source, start),
-        load_policy(model_dir, lora=run.lora, use_gpu=False),
+        load_policy(model_dir, lora=run.lora, use_gpu=False, adapter_dir=adapter and str(adapter)),
         tokenizer,
         hooks,
         output_dir=work,
         resume_from=resume_from,
+        dimensions=("helpful", "harmless", "truthful"),
     )
 
 
@@ -137,3 +150,63 @@ def test_a_full_run_trains_the_weights_themselves(model_dir: str, tmp_path: Path
     assert hooks.losses[3] < hooks.losses[1]
     assert (tmp_path / "kept" / "3" / "model.safetensors").exists()
     assert not (tmp_path / "kept" / "3" / "adapter_config.json").exists()
+
+
+def test_a_step_tells_what_its_pairs_teach_on_each_dimension(
+    model_dir: str, tmp_path: Path
+) -> None:
+    hooks = Recorder(tmp_path / "kept")
+    train(model_dir, tmp_path / "out", job(max_steps=2), hooks)
+    assert hooks.metrics[1]["margins/helpful"] == pytest.approx(1.0)
+    assert hooks.metrics[1]["margins/harmless"] == pytest.approx(0.5 - 0.25 * 1.5)
+    assert hooks.metrics[2]["margins/harmless"] == pytest.approx(0.5 - 0.25 * 5.5)
+    assert "margins/truthful" not in hooks.metrics[1]
+
+
+@pytest.mark.parametrize("name", get_args(LossType))
+def test_every_loss_that_a_job_may_name_trains(
+    model_dir: str, tmp_path: Path, name: LossType
+) -> None:
+    loss = {"loss_type": [name], "label_smoothing": 0.1 if name in SMOOTHED else 0.0}
+    hooks = Recorder(tmp_path / "kept")
+    train(model_dir, tmp_path / "out", job(max_steps=2, checkpoint_steps=9, loss=loss), hooks)
+    assert all(math.isfinite(value) for value in hooks.losses.values())
+    # Both answers have moved: from the second step on, the policy is not its reference.
+    assert hooks.metrics[2]["rewards/chosen"] != 0.0
+
+
+def test_losses_are_added_up_by_their_weights(model_dir: str, tmp_path: Path) -> None:
+    losses = {}
+    for name, loss in {
+        "sigmoid": {"loss_type": ["sigmoid"]},
+        "sft": {"loss_type": ["sft"]},
+        "both": {"loss_type": ["sigmoid", "sft"], "loss_weights": [2.0, 0.5]},
+        "shared": {"ld_alpha": 0.0},
+    }.items():
+        hooks = Recorder(tmp_path / f"kept-{name}")
+        train(model_dir, tmp_path / name, job(max_steps=2, checkpoint_steps=9, loss=loss), hooks)
+        losses[name] = hooks.losses
+    mixed = 2.0 * losses["sigmoid"][1] + 0.5 * losses["sft"][1]
+    assert losses["both"][1] == pytest.approx(mixed, rel=1e-3)
+    assert losses["shared"][2] != pytest.approx(losses["sigmoid"][2], rel=1e-3)
+
+
+def test_a_next_stage_starts_from_the_last_adapter_refers_to_it_and_resumes(
+    model_dir: str, tmp_path: Path
+) -> None:
+    train(model_dir, tmp_path / "first", job(), Recorder(tmp_path / "stage1"))
+    adapter = tmp_path / "stage1" / "6"
+    unbroken = Recorder(tmp_path / "kept")
+    train(model_dir, tmp_path / "out", job(), unbroken, adapter=adapter)
+    # The policy is its own reference again, and goes on from a policy that was trained before.
+    assert unbroken.losses[1] == pytest.approx(0.6931, abs=1e-3)
+    base = Recorder(tmp_path / "base")
+    train(model_dir, tmp_path / "base-out", job(max_steps=1), base)
+    assert unbroken.metrics[1]["logps/chosen"] > base.metrics[1]["logps/chosen"] + 0.1
+    resumed = Recorder(tmp_path / "kept2")
+    train(
+        model_dir, tmp_path / "out2", job(), resumed,
+        resume_from=tmp_path / "kept" / "2", adapter=adapter,
+    )  # fmt: skip
+    for step, loss in resumed.losses.items():
+        assert loss == pytest.approx(unbroken.losses[step], rel=1e-3)

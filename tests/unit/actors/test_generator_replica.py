@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -305,3 +306,43 @@ async def test_prompts_and_tokens_are_counted() -> None:
     assert count("mora_generator_tokens_total", {"kind": "completion"}) == drawn
     assert count("mora_generator_in_flight") == 0
     await replica.stop()
+
+
+async def test_versions_go_live_and_back_under_load_without_a_dropped_request() -> None:
+    stores = Stores.memory()
+    await stores.jobs.publish_policy({"id": BASE, "kind": "base", "uri": None}, make_current=True)
+    replicas = [replica_of(Engine(), stores) for _ in range(2)]
+    for replica in replicas:
+        await replica.start()
+    answers: list[list[str]] = [[], []]
+    stopped = asyncio.Event()
+
+    async def load(place: int) -> None:
+        while not stopped.is_set():
+            (result,) = await replicas[place].generate([request()])
+            assert isinstance(result, Generation)
+            answers[place].append(result.policy_version)
+            await asyncio.sleep(0)
+
+    async def answered(version: str) -> None:
+        async with asyncio.timeout(10):
+            while any(not seen or seen[-1] != version for seen in answers):
+                await asyncio.sleep(0)
+
+    callers = [asyncio.create_task(load(place)) for place in (0, 1) for _ in range(4)]
+    await answered(BASE)
+    await publish(stores, "policy-1")
+    for replica in replicas:
+        await replica.refresh()
+    await answered("policy-1")
+    await stores.jobs.set_current_policy(BASE)
+    for replica in replicas:
+        await replica.refresh()
+    await answered(BASE)
+    stopped.set()
+    await asyncio.gather(*callers)
+    for seen in answers:
+        changes = [now for before, now in pairwise(seen) if now != before]
+        assert changes == ["policy-1", BASE]
+    for replica in replicas:
+        await replica.stop()

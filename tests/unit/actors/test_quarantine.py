@@ -231,7 +231,8 @@ async def test_a_row_whose_quarantine_is_lost_is_tried_again_and_not_convicted(
     isolation = Isolation(Service(), Service(), gate, quarantine, max_in_flight_rows=4)
     worker = RowWorker(
         isolation, make_settings(max_poison_tries=1).runner,
-        {"id": "batch_1", "endpoint": "/v1/rewrites"}, defaults={}, max_line_bytes=2**20,
+        {"id": "batch_1", "endpoint": "/v1/rewrites"},
+        defaults={}, fixed={}, max_line_bytes=2**20,
     )  # fmt: skip
     async with asyncio.timeout(5):
         commit = await worker.run(Line(0, row_line(0)), place=Place.QUARANTINED)

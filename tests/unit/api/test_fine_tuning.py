@@ -172,3 +172,79 @@ async def test_streamed_events_come_once_each_in_order_to_the_end(
     assert items[-1]["status"] == "succeeded"
     messages = [item["message"] for item in items[1:-1]]
     assert messages == [f"step {step}" for step in range(count)]
+
+
+async def test_a_loss_that_trl_would_refuse_is_refused_when_the_job_is_created(
+    client: httpx.AsyncClient, deps: Deps
+) -> None:
+    job = await create_job(client, mora={"loss": {"loss_type": ["sigmoid", "sft"]}})
+    stored = await deps.stores.jobs.get_job(job["id"])
+    assert read_job(stored, TrainerSettings()).loss.loss_type == ("sigmoid", "sft")
+    body = {"model": MODEL, "training_file": job["training_file"]}
+
+    response = await client.post(JOBS, json={**body, "mora": {"loss": {"loss_type": ["exo_pair"]}}})
+
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["param"], error["code"]) == ("mora.loss.label_smoothing", "invalid_value")
+
+
+SEQUENTIAL = {"mode": "sequential"}
+
+
+async def test_a_sequential_job_samples_prompts_for_every_dimension_in_its_order(
+    client: httpx.AsyncClient, deps: Deps
+) -> None:
+    prompts = await upload(client, "batch")
+    job = await create_job(client, training_file=prompts, mora=SEQUENTIAL)
+    read = read_job(await deps.stores.jobs.get_job(job["id"]), TrainerSettings())
+    assert (read.stages, read.resample) == (deps.settings.dimensions, True)
+    assert schemas.FineTuningJob.model_validate(job).stages is None
+
+
+async def test_a_sequential_job_may_train_on_the_pairs_there_are(
+    client: httpx.AsyncClient, deps: Deps
+) -> None:
+    options = {**SEQUENTIAL, "resample": False, "make_current": False}
+    job = await create_job(client, mora=options)
+    read = read_job(await deps.stores.jobs.get_job(job["id"]), TrainerSettings())
+    assert (read.stages, read.resample) == (deps.settings.dimensions, False)
+
+
+@pytest.mark.parametrize(
+    ("purpose", "mora", "param", "rule"),
+    [
+        ("fine-tune", SEQUENTIAL, "training_file", "sequential jobs sample prompts"),
+        ("batch", {**SEQUENTIAL, "resample": False}, "training_file", "purpose fine-tune"),
+        ("batch", {**SEQUENTIAL, "make_current": False}, "mora.make_current", "must not be false"),
+        ("batch", {**SEQUENTIAL, "dimensions": ["helpful", "helpful"]}, "mora.dimensions", "once"),
+        ("fine-tune", {"resample": True}, "mora.resample", "unless mora.mode is sequential"),
+    ],
+)
+async def test_a_sequential_job_that_cannot_run_is_refused_by_field(
+    client: httpx.AsyncClient, purpose: str, mora: dict[str, Any], param: str, rule: str
+) -> None:
+    body = {"model": MODEL, "training_file": await upload(client, purpose), "mora": mora}
+
+    response = await client.post(JOBS, json=body)
+
+    assert response.status_code == 400
+    assert error_of(response)["param"] == param
+    assert rule in error_of(response)["message"]
+
+
+async def test_cancelling_a_sequential_job_cancels_the_batch_of_its_stage(
+    client: httpx.AsyncClient, deps: Deps
+) -> None:
+    batch = await create_batch(client)
+    job = await create_job(client, training_file=await upload(client, "batch"), mora=SEQUENTIAL)
+    stage = {
+        "dimension": "helpful", "model": MODEL, "batch_id": batch["id"], "version": None,
+        "steps": 0, "trained_tokens": 0, "status": "running",
+    }  # fmt: skip
+    await deps.stores.jobs.update_job(job["id"], stages=[stage])
+
+    cancelled = await client.post(f"{JOBS}/{job['id']}/cancel")
+
+    assert schemas.FineTuningJob.model_validate(cancelled.json()).stages is not None
+    assert (await deps.stores.batches.get_batch(batch["id"]))["status"] == "cancelling"

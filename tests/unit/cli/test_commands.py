@@ -192,6 +192,26 @@ def test_train_follows_the_job_and_prints_the_version(server: Server) -> None:
     }  # fmt: skip
 
 
+def test_train_names_the_stages_of_a_sequential_job_in_order(server: Server) -> None:
+    server.on("POST /v1/fine_tuning/jobs", Answer(body={"id": "ftjob-1"}))
+    result = run(
+        "train", "--batch", "batch_1", "--model", "base", "--mode", "sequential",
+        "--dimension", "harmless", "--dimension", "helpful", "--no-resample", "--no-follow",
+        "--url", server.url,
+    )  # fmt: skip
+    assert result.stdout.strip() == "ftjob-1"
+    (body,) = [seen.json for seen in server.seen]
+    assert body["mora"] == {
+        "mode": "sequential", "dimensions": ["harmless", "helpful"], "resample": False,
+    }  # fmt: skip
+
+
+def test_models_activate_makes_a_version_current(server: Server) -> None:
+    server.on("POST /v1/models/policy-1/activate", Answer(body={"id": "policy-1"}))
+    result = run("models", "activate", "policy-1", "--url", server.url)
+    assert result.stdout.strip() == "policy-1"
+
+
 def test_train_that_fails_says_why_and_exits_1(
     server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -155,6 +155,16 @@ async def test_defaults_lie_under_each_rows_body() -> None:
     assert asked == {"p0": (5, 0.5), "p1": (2, 0.5)}
 
 
+async def test_what_a_batch_fixes_lies_over_each_rows_body() -> None:
+    stores, service = Stores.memory(), EchoService()
+    lines = [row_line(0), row_line(1, body={"prompt": "p1", "n": 2})]
+    batch_id = await submit(stores, lines, defaults={"n": 5}, fixed={"n": 7, "mode": "sequential"})
+    async with running(make_runner(stores, service)):
+        await ended(stores, batch_id)
+    asked = {str(request.prompt): (request.n, request.mode) for request in service.requests}
+    assert asked == {"p0": (7, "sequential"), "p1": (7, "sequential")}
+
+
 @pytest.fixture
 def _no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_rows, "backoff_s", lambda _failures, _error: 0.0)

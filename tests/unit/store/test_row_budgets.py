@@ -73,6 +73,7 @@ def worker(service: Any, clock: Clock | None = None, **runner: Any) -> RowWorker
         make_settings(**runner).runner,
         {"id": "batch_x", "endpoint": "/v1/rewrites"},
         defaults={},
+        fixed={},
         max_line_bytes=LIMIT_BYTES,
         sleep=clock.sleep,
         clock=clock,

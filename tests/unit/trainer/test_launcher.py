@@ -13,6 +13,8 @@ from typing import Any
 
 from actors.launcher import TrainerLauncher
 from mora_serve.config import Settings
+from mora_serve.ports import BatchStore
+from mora_serve.store import Stores
 from mora_serve.store.memory_jobs import MemoryJobs
 
 JOB = {"id": "ftjob-1", "model": "base", "training_file": "batch_1", "status": "queued"}
@@ -27,11 +29,16 @@ def settings(data_dir: Path, max_restarts: int = 2) -> Settings:
 
 @asynccontextmanager
 async def launched(
-    jobs: MemoryJobs, code: str, config: Settings, address: str | None = None
+    jobs: MemoryJobs,
+    code: str,
+    config: Settings,
+    address: str | None = None,
+    batches: BatchStore | None = None,
 ) -> AsyncIterator[TrainerLauncher]:
     """A running launcher whose trainers execute ``code`` with the job's id as ``sys.argv[1]``."""
     launcher = TrainerLauncher(
         jobs,
+        batches or Stores.memory().batches,
         config,
         command=(sys.executable, "-c", code),
         ray_address=lambda: address,
@@ -77,6 +84,20 @@ async def test_a_failing_trainer_is_restarted_within_the_budget_then_fails(tmp_p
     events, _ = await jobs.list_events("ftjob-1", after=None, limit=9)
     messages = [event["message"] for event in events]
     assert sum("started again" in message for message in messages) == 2
+
+
+async def test_a_job_that_fails_cancels_the_batch_of_its_stage(tmp_path: Path) -> None:
+    stores = Stores.memory()
+    batch = await stores.batches.create_batch(
+        {"endpoint": "/v1/rewrites", "input_file_id": "file-1"}, {}, None, "hash"
+    )
+    stage = {"batch_id": batch["id"], "status": "running"}
+    jobs = MemoryJobs()
+    await jobs.create_job({**JOB, "stages": [stage], "restarts": 2, "started": True})
+    code = "raise SystemExit(3)"
+    async with launched(jobs, code, settings(tmp_path), batches=stores.batches):
+        await job_reaches(jobs, "failed")
+    assert (await stores.batches.get_batch(batch["id"]))["status"] == "cancelling"
 
 
 async def test_the_restart_budget_outlives_the_launcher(tmp_path: Path) -> None:

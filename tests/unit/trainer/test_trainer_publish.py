@@ -14,6 +14,8 @@ from mora_serve.config import TrainerSettings
 from mora_serve.store import Stores
 from trainer.job import TrainingJob, read_job
 from trainer.publish import metrics_csv, policy_files, publish
+from trainer.run_state import RunState
+from trainer.source import Position
 
 STORED = {"id": "ftjob-77", "model": "base", "training_file": "batch_1", "status": "running"}
 
@@ -32,6 +34,7 @@ def checkpoint(tmp_path: Path) -> Path:
         "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin", "README.md",
     ):  # fmt: skip
         (folder / name).write_bytes(name.encode())
+    RunState(Position(), 123, step=3).save(folder)
     return folder
 
 
@@ -40,9 +43,7 @@ async def published(stores: Stores, job: TrainingJob, checkpoint: Path) -> dict[
     for step, loss in ((1, 0.7), (2, 0.6), (2, 0.5)):
         event = {"type": "metrics", "data": {"step": step, "train_loss": loss}}
         await stores.jobs.add_event(job.id, event)
-    return await publish(
-        stores, job, checkpoint, trained_tokens=123, data_dir=checkpoint.parent / "data"
-    )
+    return await publish(stores, job, checkpoint, data_dir=checkpoint.parent / "data")
 
 
 async def blob(stores: Stores, file_id: str) -> bytes:
@@ -85,9 +86,7 @@ async def test_a_version_can_be_published_without_becoming_current(checkpoint: P
 async def test_publishing_again_changes_nothing(job: TrainingJob, checkpoint: Path) -> None:
     stores = Stores.memory()
     first = await published(stores, job, checkpoint)
-    again = await publish(
-        stores, job, checkpoint, trained_tokens=123, data_dir=checkpoint.parent / "data"
-    )
+    again = await publish(stores, job, checkpoint, data_dir=checkpoint.parent / "data")
     assert again["result_files"] == first["result_files"]
     assert len(await stores.jobs.list_policies()) == 1
 
@@ -111,3 +110,9 @@ def test_a_full_policy_leaves_the_trainers_state_behind(checkpoint: Path) -> Non
 
 def test_metrics_without_steps_are_a_header() -> None:
     assert metrics_csv([]).startswith(b"step,train_loss,")
+
+
+def test_margins_of_dimensions_are_columns_of_their_own() -> None:
+    events = [{"type": "metrics", "data": {"step": 1, "margins/helpful": 0.5, "margins/kind": 1}}]
+    rows = list(csv.DictReader(io.StringIO(metrics_csv(events).decode())))
+    assert (rows[0]["margins/helpful"], rows[0]["margins/kind"]) == ("0.5", "1")

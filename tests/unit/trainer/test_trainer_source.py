@@ -18,6 +18,7 @@ from trainer.source import (
     Position,
     ResumableRows,
     Row,
+    margins,
 )
 
 
@@ -226,3 +227,23 @@ def test_rows_over_a_live_connection_can_be_fingerprinted() -> None:
 
     rows = ResumableRows(PairSource(Connected([pair(0)])), Position(0, 4))
     assert pickle.dumps(rows)
+
+
+def test_margins_are_of_the_dimensions_on_which_both_answers_have_a_reward() -> None:
+    row = {
+        "chosen_scores": {"a": {"value": 1.5}, "b": {"value": None}, "c": 2.0, "d": {"value": 1}},
+        "rejected_scores": {"a": {"value": 0.5}, "b": {"value": 1.0}, "c": 0.5},
+    }
+    assert margins(row) == {"a": 1.0, "c": 1.5}
+    assert margins({"chosen_scores": "a string"}) == {}
+
+
+def test_consumed_rows_tell_what_they_teach_in_order() -> None:
+    scored = [
+        {**pair(i), "chosen_scores": {"a": float(i)}, "rejected_scores": {"a": 0.0}}
+        for i in range(3)
+    ]
+    rows = ResumableRows(PairSource(ListFeed(scored)), Position())
+    list(rows())
+    assert rows.consumed(2) == [{"a": 0.0}, {"a": 1.0}]
+    assert rows.consumed(1) == [{"a": 2.0}]
