@@ -323,13 +323,16 @@ def test_the_stores_start_append_never_evict_and_stop_in_order(
     script = script.replace("/run/valkey", str(tmp_path)).replace("dir /data", f"dir {tmp_path}")
     env = {"PATH": os.environ["PATH"], **({"VALKEY_PASSWORD": secret} if secret else {})}
     with subprocess.Popen([*shell, script], env=env, stdout=subprocess.DEVNULL) as running:
-        client = redis.Redis(port=port, password=secret, retry=Retry(ConstantBackoff(0.1), 50))
-        assert client.ping()
-        for name, value in {"appendonly": "yes", "maxmemory-policy": "noeviction"}.items():
-            assert client.config_get(name) == {name: value}
-        assert (tmp_path / "valkey.conf").stat().st_mode & 0o077 == 0
-        running.terminate()
-        assert running.wait(20) == 0
+        try:
+            client = redis.Redis(port=port, password=secret, retry=Retry(ConstantBackoff(0.1), 50))
+            assert client.ping()
+            for name, value in {"appendonly": "yes", "maxmemory-policy": "noeviction"}.items():
+                assert client.config_get(name) == {name: value}
+            assert (tmp_path / "valkey.conf").stat().st_mode & 0o077 == 0
+            running.terminate()
+            assert running.wait(20) == 0
+        finally:
+            running.kill()
 
 
 def _bytes(quantity: str) -> float:
