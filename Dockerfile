@@ -10,27 +10,32 @@ FROM ${BASE} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv --copies /opt/venv
+
+# hadolint ignore=DL3006
+FROM ${BASE} AS sources
+WORKDIR /src
 COPY pyproject.toml LICENSE README.md ./
 COPY mora_serve mora_serve
 COPY actors actors
 COPY api api
 COPY trainer trainer
 
+# Packages first: a change of the sources installs nothing else anew.
 FROM build AS build-cpu
 # Where PyTorch's CPU builds are, which PyPI does not have.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY requirements/image-cpu.lock requirements/
 RUN /opt/venv/bin/pip install --no-deps --extra-index-url "${TORCH_INDEX}" \
         "$(grep '^torch==' requirements/image-cpu.lock)" \
-    && /opt/venv/bin/pip install --no-deps -r requirements/image-cpu.lock \
-    && /opt/venv/bin/pip install --no-deps . \
-    && /opt/venv/bin/pip uninstall --yes pip
+    && /opt/venv/bin/pip install --no-deps -r requirements/image-cpu.lock
+COPY --from=sources /src /src
+RUN /opt/venv/bin/pip install --no-deps . && /opt/venv/bin/pip uninstall --yes pip
 
 FROM build AS build-gpu
 COPY requirements/image-gpu.lock requirements/
-RUN /opt/venv/bin/pip install --no-deps -r requirements/image-gpu.lock \
-    && /opt/venv/bin/pip install --no-deps . \
-    && /opt/venv/bin/pip uninstall --yes pip
+RUN /opt/venv/bin/pip install --no-deps -r requirements/image-gpu.lock
+COPY --from=sources /src /src
+RUN /opt/venv/bin/pip install --no-deps . && /opt/venv/bin/pip uninstall --yes pip
 
 # --- what is shipped -------------------------------------------------------------------------------
 # hadolint ignore=DL3006
@@ -63,9 +68,9 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=600s --retries=4 \
 CMD ["mora-serve", "up", "--host", "0.0.0.0"]
 
 FROM runtime AS cpu
-COPY --from=build-cpu /opt/venv /opt/venv
 ENV MORA_PROFILE=embedded
 USER 10001:10001
+COPY --from=build-cpu /opt/venv /opt/venv
 
 FROM runtime AS gpu
 # Triton compiles the launcher of each kernel when it is first used, with the C compiler it finds.
@@ -73,8 +78,8 @@ FROM runtime AS gpu
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-COPY --from=build-gpu /opt/venv /opt/venv
 ENV MORA_PROFILE=gpu \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
+COPY --from=build-gpu /opt/venv /opt/venv

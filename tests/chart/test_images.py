@@ -65,7 +65,7 @@ def test_the_context_holds_sources_only() -> None:
     assert allowed[0] == "*"
     kept = {line[1:] for line in allowed if line.startswith("!")}
     assert {"mora_serve", "actors", "api", "trainer", "pyproject.toml"} <= kept
-    copied = set(re.findall(r"^COPY (?!--from)(.+) \S+$", STAGES["build"], flags=re.MULTILINE))
+    copied = set(re.findall(r"^COPY (?!--from)(.+) \S+$", STAGES["sources"], flags=re.MULTILINE))
     assert {word for words in copied for word in words.split()} <= kept
 
 
