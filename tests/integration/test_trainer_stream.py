@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 
 from actors.fake_engine import FakeEngine
 from actors.generator import GeneratorReplica
+from mora_serve.config import Settings
 from mora_serve.ports import Lease, RowCommit
 from mora_serve.store import Stores
 from mora_serve.types import Generation, GenerationRequest, Message, Sampling
@@ -30,6 +32,10 @@ from tests.integration.training import (
     settings,
 )
 from tests.redis_fixtures import redis_server, redis_url
+from trainer.dpo import load_policy, load_tokenizer, run_dpo
+from trainer.job import read_job
+from trainer.source import ListFeed, PairSource, Position, ResumableRows
+from trainer.tiny_model import ensure_tiny_model
 
 __all__ = ["ray_address", "redis_server", "redis_url"]
 pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.slow]
@@ -59,7 +65,7 @@ def pair(seq: int) -> bytes:
     ).encode()
 
 
-def trained_pairs(step: dict[str, Any]) -> list[int]:
+def trained_pairs(step: Mapping[str, Any]) -> list[int]:
     """The pairs of a step, by its mean margin."""
     total = round(step["margins/helpful"] * PAIRS_PER_ROW)
     return [seq for seq in range(NUM_STEPS * PAIRS_PER_ROW) if total >> seq & 1]
@@ -96,14 +102,42 @@ class Stream:
             await self._stores.batches.finalize_ready("worker", 60.0)
 
 
-async def create(stores: Stores, model: str, batch_id: str, name: str) -> str:
-    job = await stores.jobs.create_job(
-        {
-            "id": f"ftjob-{name}", "model": model, "training_file": batch_id, "seed": 7,
-            "mora": {"max_steps": NUM_STEPS, "checkpoint_steps": 2},
-        }
-    )  # fmt: skip
-    return str(job["id"])
+def stored_job(model: str, batch_id: str) -> dict[str, Any]:
+    return {
+        "id": "ftjob-9", "model": model, "training_file": batch_id, "seed": 7,
+        "mora": {"max_steps": NUM_STEPS, "checkpoint_steps": 2},
+    }  # fmt: skip
+
+
+async def create(stores: Stores, model: str, batch_id: str) -> str:
+    return str((await stores.jobs.create_job(stored_job(model, batch_id)))["id"])
+
+
+class Unbroken:
+    """The same job in this process, on the same pairs from memory; hooks that keep all it says."""
+
+    def __init__(self, config: Settings, folder: Path) -> None:
+        self.steps: dict[int, Mapping[str, float]] = {}
+        self.weights: dict[str, Any] = {}
+        model = str(ensure_tiny_model(folder / "tiny"))
+        job = read_job(stored_job(config.policy.model, "batch_1"), config.trainer)
+        pairs = [json.loads(pair(seq)) for seq in range(NUM_STEPS * PAIRS_PER_ROW)]
+        state = run_dpo(
+            job, ResumableRows(PairSource(ListFeed(pairs)), Position()),
+            load_policy(model, lora=True, use_gpu=False), load_tokenizer(model), self,
+            output_dir=folder / "out", dimensions=config.dimensions,
+        )  # fmt: skip
+        assert state is not None
+        self.trained_tokens = state.trained_tokens
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.steps[step] = metrics
+
+    def checkpoint(self, folder: Path, step: int, metrics: Mapping[str, float]) -> None:
+        self.weights = load_file(folder / "adapter_model.safetensors")
+
+    def should_stop(self) -> bool:
+        return False
 
 
 def log_of(data_dir: Path, job_id: str) -> Path:
@@ -125,34 +159,24 @@ async def test_killed_workers_and_drivers_leave_no_trace_in_what_is_trained(
     tmp_path: Path, redis_url: str, ray_address: str
 ) -> None:
     config = settings(tmp_path, redis_url)
-    model = config.policy.model
+    unbroken = Unbroken(config, tmp_path / "unbroken")
+    expected = unbroken.steps
     async with opened(config) as stores, launcher(stores, config, ray_address):
-        await stores.jobs.publish_policy(
-            {"id": model, "kind": "base", "uri": None}, make_current=True
-        )
-        whole = await Stream.open(stores)
-        for line in range(NUM_STEPS):
-            await whole.commit(line)
-        unbroken = await create(stores, model, whole.batch_id, "unbroken")
-        expected_job = await ended(stores, unbroken, tmp_path)
-        expected = await metrics(stores, unbroken)
-        job, found = await killed_run(stores, model, tmp_path)
+        job, found = await killed_run(stores, config.policy.model, tmp_path)
 
-        assert [trained_pairs(data) for data in expected] == [
+        assert [trained_pairs(expected[step]) for step in sorted(expected)] == [
             [2 * step, 2 * step + 1] for step in range(NUM_STEPS)
         ]
-        assert expected[-1]["loss"] < 0.5 * expected[0]["loss"]
-        by_step = {data["step"]: data for data in expected}
-        assert {data["step"] for data in found} == set(by_step)
+        assert expected[NUM_STEPS]["loss"] < 0.5 * expected[1]["loss"]
+        assert {data["step"] for data in found} == set(expected)
         for data in found:
             # Steps behind the last checkpoint are taken again: the same ones on the same pairs.
-            assert trained_pairs(data) == trained_pairs(by_step[data["step"]])
+            assert trained_pairs(data) == trained_pairs(expected[data["step"]])
             for name in COMPARED:
-                assert data[name] == pytest.approx(by_step[data["step"]][name], rel=1e-4), name
+                assert data[name] == pytest.approx(expected[data["step"]][name], rel=1e-4), name
         assert job["restarts"] == 2
-        assert job["trained_tokens"] == expected_job["trained_tokens"]
-        assert found[-1]["wait_for_data_seconds"] > 0
-        await check_versions(stores, model)
+        assert job["trained_tokens"] == unbroken.trained_tokens
+        await check_version(stores, config, unbroken.weights)
 
 
 async def killed_run(
@@ -161,7 +185,7 @@ async def killed_run(
     """Job and metrics of a run on a stream that grows, whose worker and driver are each killed."""
     worker_dies_after, driver_dies_after = random.Random(SEED).sample(range(1, NUM_STEPS), 2)
     live = await Stream.open(stores)
-    job_id = await create(stores, model, live.batch_id, "broken")
+    job_id = await create(stores, model, live.batch_id)
 
     async def reported() -> bool:
         return any(data["step"] == step for data in await metrics(stores, job_id))
@@ -176,21 +200,19 @@ async def killed_run(
     return await ended(stores, job_id, data_dir), await metrics(stores, job_id)
 
 
-async def check_versions(stores: Stores, model: str) -> None:
-    """Both runs published the same weights, and a generator that never polls serves them."""
-    versions = {version["id"]: version for version in await stores.jobs.list_policies()}
-    unbroken, broken = (
-        load_file(Path(versions[name]["uri"]) / "adapter_model.safetensors")
-        for name in ("policy-unbroken", "policy-broken")
+async def check_version(stores: Stores, config: Settings, weights: dict[str, Any]) -> None:
+    """The version has the unbroken run's weights, and a generator that never polls serves it."""
+    (version,) = await stores.jobs.list_policies()
+    assert (await stores.jobs.current_policy())[0] == version["id"] == "policy-9"
+    published = load_file(Path(version["uri"]) / "adapter_model.safetensors")
+    assert any(abs(value).max() > 0 for name, value in published.items() if "lora_B" in name)
+    for name, value in weights.items():
+        assert published[name] == pytest.approx(value, rel=1e-3, abs=1e-5)
+    generator = GeneratorReplica(
+        FakeEngine(config.policy), stores.jobs, config.policy.model, poll_interval_s=3600
     )
-    assert any(abs(value).max() > 0 for name, value in broken.items() if "lora_B" in name)
-    for name, value in unbroken.items():
-        assert value == pytest.approx(broken[name], rel=1e-3, abs=1e-6)
-    assert (await stores.jobs.current_policy())[0] == "policy-broken"
-    policy = settings(Path(), "redis://unused").policy
-    generator = GeneratorReplica(FakeEngine(policy), stores.jobs, model, poll_interval_s=3600)
     await generator.start()
-    asked = GenerationRequest((Message("user", "Hi"),), Sampling(), "policy-unbroken")
+    asked = GenerationRequest((Message("user", "Hi"),), Sampling(), "policy-9")
     assert isinstance((await generator.generate([asked]))[0], Generation)
     await generator.stop()
 
@@ -209,7 +231,7 @@ async def test_a_batch_without_pairs_fails_its_job_with_the_reason(
         await stores.batches.commit_row(held, RowCommit(0, b"{}", None))
         await stores.batches.seal_shard(held)
         await stores.batches.finalize_ready("worker", 60.0)
-        job_id = await create(stores, config.policy.model, batch["id"], "empty")
+        job_id = await create(stores, config.policy.model, batch["id"])
 
         async def failed() -> dict[str, Any] | None:
             current = await stores.jobs.get_job(job_id)
