@@ -24,7 +24,7 @@ from typing import Any
 
 from actors.inputs.faults import InputFault
 from actors.inputs.lines import stream, too_large
-from actors.inputs.sandbox import batch_pieces
+from actors.inputs.sandbox import BatchPieces
 from actors.inputs.sources import input_parts, is_plain
 from actors.shard_run import duplicates_key
 from mora_serve.config import RunnerSettings
@@ -153,10 +153,10 @@ class _Validation:
             return blob
         self._converted = f"batches/{self._batch_id}/input/{self._claim}.jsonl"
         limits = self._settings
-        pieces = batch_pieces(
+        pieces = BatchPieces(
             parts, blobs, self._endpoint, self._max_line_bytes, limits.max_unpack_bytes
         )
-        lines = stream(pieces, limits.max_input_bytes)
+        lines = stream(pieces, limits.max_input_bytes, pieces.abort)
         await blobs.put(self._converted, self._while_held(lines))
         return self._converted
 

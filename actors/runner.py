@@ -1,10 +1,10 @@
 """The batch runner: validates new batches, works through shards, finishes batches.
 
-Three loops run side by side in one process; any number of runners may do so at once, the ledger
+Four loops run side by side in one process; any number of runners may do so at once, the ledger
 keeps them apart::
 
-    coordinate   claim validation -> actors.batch_validation: open shards | fail
-                 finalize batches that are due                        waits: poll, or a sealed shard
+    validate     claim validation -> actors.batch_validation: open shards | fail    waits: poll
+    finalize     finalize batches that are due                        waits: poll, or a sealed shard
     work         lease a shard -> ShardRun (actors.shard_run)         waits: poll, or rows run dry
     sweep        delete bytes that nothing needs any more             waits: poll
 
@@ -90,7 +90,8 @@ class BatchRunner:
         self._idle = asyncio.Event()
         self._idle.set()
         self._work_wake = asyncio.Event()
-        self._coordinate_wake = asyncio.Event()
+        self._validate_wake = asyncio.Event()
+        self._finalize_wake = asyncio.Event()
         self._sweep_wake = asyncio.Event()
         self._shards: dict[asyncio.Task[bool], ShardRun] = {}
 
@@ -100,14 +101,14 @@ class BatchRunner:
         quarantine = asyncio.create_task(self._quarantine.run())
         loops = [
             asyncio.create_task(self._loop(self._lease_next, self._work_wake)),
-            asyncio.create_task(self._loop(self._coordinate, self._coordinate_wake)),
+            asyncio.create_task(self._loop(self._validate_next, self._validate_wake)),
+            asyncio.create_task(self._loop(self._finalize, self._finalize_wake)),
             asyncio.create_task(self._loop(self._sweep, self._sweep_wake)),
         ]
         try:
-            await asyncio.gather(*loops)
-            if self._shards:
-                grace_s = self._settings.replica.graceful_shutdown_timeout_s * STOP_SHARE
-                await asyncio.wait(self._shards, timeout=grace_s)
+            await self._stopping.wait()
+            grace_s = self._settings.replica.graceful_shutdown_timeout_s * STOP_SHARE
+            await asyncio.wait([*loops, *self._shards], timeout=grace_s)
         finally:
             tasks = [*loops, *self._shards, quarantine]
             for task in tasks:
@@ -122,7 +123,8 @@ class BatchRunner:
         """
         self._stopping.set()
         self._work_wake.set()
-        self._coordinate_wake.set()
+        self._validate_wake.set()
+        self._finalize_wake.set()
         self._sweep_wake.set()
         await self._idle.wait()
 
@@ -204,23 +206,28 @@ class BatchRunner:
 
     def _shard_ended(self, task: asyncio.Task[bool]) -> None:
         run = self._shards.pop(task)
-        self._coordinate_wake.set()
+        self._finalize_wake.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             place = f"shard {run.lease.shard} of {run.lease.batch_id}"
             log.error("%s was handed back: %s", place, error, exc_info=_unless_expected(error))
             return  # and is leased again after the poll interval
         self._work_wake.set()
 
-    # coordinate
+    # before and after
 
-    async def _coordinate(self) -> bool:
-        batches = self._stores.batches
-        claim = await batches.claim_validation(self._worker_id, self._limits.lease_ttl_s)
-        if claim is not None:
-            await self._validator.validate(claim)
-            self._work_wake.set()
-        finished = await batches.finalize_ready(self._worker_id, self._limits.lease_ttl_s)
-        return claim is not None or bool(finished)
+    async def _validate_next(self) -> bool:
+        batches, ttl_s = self._stores.batches, self._limits.lease_ttl_s
+        claim = await batches.claim_validation(self._worker_id, ttl_s)
+        if claim is None:
+            return False
+        await self._validator.validate(claim)
+        self._work_wake.set()
+        self._finalize_wake.set()
+        return True
+
+    async def _finalize(self) -> bool:
+        batches, ttl_s = self._stores.batches, self._limits.lease_ttl_s
+        return bool(await batches.finalize_ready(self._worker_id, ttl_s))
 
     async def _sweep(self) -> bool:
         await self._stores.batches.sweep()

@@ -182,7 +182,7 @@ class RunnerSettings(Section):
     """Rows of one batch; a file with more fails."""
     max_input_bytes: int = Field(default=16 * 2**30, ge=1)
     """Bytes of one batch's rows as JSON lines, after decompression; a file with more fails."""
-    max_unpack_bytes: int = Field(default=512 * 2**20, ge=64 * 2**20)
+    max_unpack_bytes: int = Field(default=2**30, ge=256 * 2**20)
     """Memory for the process that reads a Parquet or Arrow input; one that needs more fails."""
     replica: ReplicaSettings = ReplicaSettings(min_replicas=1, max_replicas=2)
 

@@ -27,14 +27,12 @@ def free_ports(count: int) -> list[int]:
     """Distinct ports that nothing uses now, on any address of this machine."""
     candidates = stable_ports()
     found: list[int] = []
-    with contextlib.ExitStack() as held:
-        for port in random.sample(candidates, len(candidates)):
-            probe = held.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
-                probe.bind(("", port))
-                found.append(port)
-            if len(found) == count:
-                return found
+    for port in random.sample(candidates, len(candidates)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            found.append(port)
+        if len(found) == count:
+            return found
     raise OSError(f"no {count} free ports among {len(candidates)}")
 
 

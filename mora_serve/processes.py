@@ -171,11 +171,17 @@ def _pids() -> Iterator[int]:
 
 
 def _kill_all(find: Callable[[], list[int]]) -> None:
-    while found := find():
+    """Kill what ``find`` finds until it finds nothing that may be killed by us."""
+    others: set[int] = set()
+    while found := set(find()) - others:
         for pid in found:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            try:
                 os.kill(pid, signal.SIGKILL)
-        _wait_until(lambda: not find(), 5.0, lambda: False)
+            except ProcessLookupError:
+                continue
+            except PermissionError:
+                others.add(pid)
+        _wait_until(lambda: not set(find()) - others, 5.0, lambda: False)
 
 
 def reap_adopted() -> None:

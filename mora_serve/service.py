@@ -349,7 +349,8 @@ def _raise_if_all_failed(items: Sequence[JSON]) -> None:
     if any(item["status"] == "ok" for item in items):
         return
     errors = [item["error"] for item in items]
-    error = next((e for e in errors if e["type"] == "server_error"), errors[0])
+    errors.sort(key=lambda e: (e["code"] != ENGINE_LOST, e["type"] != "server_error"))
+    error = errors[0]
     failure = Failure(error["code"], error["message"], error["type"] == "server_error")
     raise _as_request_error(failure, error["param"])
 

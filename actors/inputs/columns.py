@@ -16,6 +16,7 @@ value. What a row holds is checked with the row, like that of any batch line.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,8 +43,8 @@ class LineMaker:
         self._has_ids = "custom_id" in columns
         self._lines = "body" in columns
         self._single = _SINGLE.get(endpoint, ()) if _is_single(endpoint, columns) else ()
-        for column in columns:
-            if columns.count(column) > 1:
+        for column, times in Counter(columns).items():
+            if times > 1:
                 raise InputFault(
                     "duplicate_column",
                     f"{place}: column {column[:80]!r} must be there once; drop or rename it",

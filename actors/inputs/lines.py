@@ -10,8 +10,9 @@ import asyncio
 import gzip
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
 from itertools import count
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from actors.inputs.faults import InputFault
 from actors.inputs.sources import Part
@@ -21,29 +22,50 @@ from mora_serve.errors import MoraError
 KINDS = {"jsonl": "JSON Lines", "gzip": "gzip", "parquet": "Parquet", "arrow": "Arrow"}
 
 
-async def stream(pieces: Generator[bytes, None, None], max_bytes: int) -> AsyncIterator[bytes]:
+class Pieces(Protocol):
+    """Pieces of an input, made one at a time. Blocking."""
+
+    def __next__(self) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+def _wait_it_out() -> None:
+    pass
+
+
+async def stream(
+    pieces: Pieces, max_bytes: int, abort: Callable[[], None] = _wait_it_out
+) -> AsyncIterator[bytes]:
     """The pieces, each made in a thread, which are closed at the end.
 
-    Raises :class:`InputFault` for more than ``max_bytes``.
+    ``abort`` is called from another thread to end the making of a piece when the caller is
+    cancelled. Raises :class:`InputFault` for more than ``max_bytes``.
     """
     num_bytes = 0
     with closing(pieces):
-        while (piece := await _finished(next, pieces, None)) is not None:
+        while (piece := await _finished(partial(next, pieces, None), abort)) is not None:
             num_bytes += len(piece)
             if num_bytes > max_bytes:
                 raise too_large(max_bytes)
             yield piece
 
 
-async def _finished(call: Callable[..., Any], *args: Any) -> Any:
-    """The call in a thread; a cancellation waits for its end, since a generator that runs cannot be
-    closed."""
-    running = asyncio.ensure_future(asyncio.to_thread(call, *args))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
+async def _finished(call: Callable[[], Any], abort: Callable[[], None]) -> Any:
+    """The call in a thread; a cancellation aborts it and waits for its end, since a generator that
+    runs cannot be closed."""
+    running = asyncio.ensure_future(asyncio.to_thread(call))
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError as error:
+            cancelled = error
+            abort()
+    if cancelled is not None:
+        running.exception()  # what an aborted call fails with is nobody's concern
+        raise cancelled
+    return running.result()
 
 
 def too_large(max_bytes: int) -> InputFault:
@@ -75,9 +97,7 @@ def input_pieces(
                     yield from _whole_lines(unzipped)
             else:
                 is_parquet = part.format == "parquet"
-                batches = (
-                    parquet_batches(file, max_line_bytes) if is_parquet else arrow_batches(file)
-                )
+                batches = parquet_batches(file) if is_parquet else arrow_batches(file)
                 yield from table_lines(batches, part.name, endpoint, max_line_bytes, indices)
 
 

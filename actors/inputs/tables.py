@@ -6,6 +6,7 @@ Everything here blocks. Arrow is imported where it is needed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import IO, Any
 
 from actors.inputs.columns import LineMaker
@@ -14,8 +15,10 @@ from actors.inputs.faults import InputFault
 PIECE_BYTES = 2**20
 ROWS_PER_PIECE = 256
 """Rows of a table that are Arrow's at a time, and at most as many Python's."""
+BATCH_BYTES = 4 * 2**20
+"""About what the rows that are read at a time have; one row may have more."""
 GROUP_BYTES = 32 * 2**20
-"""Row groups of at most this many bytes are read ``ROWS_PER_PIECE`` rows at a time."""
+"""Bytes of a column in a row group up to which its texts may be kept in a dictionary."""
 
 
 def table_lines(
@@ -34,11 +37,10 @@ def table_lines(
             yield b"".join([maker.line(row, next(indices)) for row in rows.to_pylist()])
 
 
-def parquet_batches(file: IO[bytes], max_line_bytes: int) -> Iterator[Any]:
+def parquet_batches(file: IO[bytes]) -> Iterator[Any]:
     """Record batches, an empty one first; only the pages that are being read are in memory.
 
-    Text stays in its dictionary: a page of few bytes may say that one long text is that of every
-    row. Rows of a large row group are read few at a time, for any of them may be long.
+    Text may stay in its dictionary (see :func:`_repeated_texts`). Long rows are read few at a time.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -46,17 +48,41 @@ def parquet_batches(file: IO[bytes], max_line_bytes: int) -> Iterator[Any]:
     with pq.ParquetFile(file, pre_buffer=False, buffer_size=PIECE_BYTES) as table:
         metadata = table.metadata
         yield pa.RecordBatch.from_pylist([], schema=table.schema_arrow)
-    columns = [metadata.schema.column(index) for index in range(metadata.num_columns)]
-    texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
-    few = max(1, min(ROWS_PER_PIECE, GROUP_BYTES // max_line_bytes))
-    with pq.ParquetFile(
-        file, metadata=metadata, read_dictionary=texts, pre_buffer=False, buffer_size=PIECE_BYTES
-    ) as table:
-        for group in range(metadata.num_row_groups):
-            small = metadata.row_group(group).total_byte_size <= GROUP_BYTES
-            yield from table.iter_batches(
-                ROWS_PER_PIECE if small else few, row_groups=[group], use_threads=False
-            )
+    groups = range(metadata.num_row_groups)
+    for texts, run in groupby(groups, lambda group: _repeated_texts(metadata.row_group(group))):
+        with pq.ParquetFile(
+            file,
+            metadata=metadata,
+            read_dictionary=sorted(texts),
+            pre_buffer=False,
+            buffer_size=PIECE_BYTES,
+        ) as table:
+            for group in run:
+                num_rows = _rows_at_a_time(metadata.row_group(group))
+                yield from table.iter_batches(num_rows, row_groups=[group], use_threads=False)
+
+
+def _repeated_texts(group: Any) -> frozenset[str]:
+    """Columns that are left in their dictionaries: few bytes may say that one long text is that of
+    every row.
+
+    Arrow gathers such a dictionary over the whole row group, so only small columns are; and it
+    cannot where a page is delta-encoded.
+    """
+    columns = (group.column(index) for index in range(group.num_columns))
+    return frozenset(
+        column.path_in_schema
+        for column in columns
+        if column.physical_type == "BYTE_ARRAY"
+        and column.has_dictionary_page
+        and column.total_uncompressed_size <= GROUP_BYTES
+        and not any(encoding.startswith("DELTA") for encoding in column.encodings)
+    )
+
+
+def _rows_at_a_time(group: Any) -> int:
+    row_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
+    return int(max(1, min(ROWS_PER_PIECE, BATCH_BYTES // row_bytes)))
 
 
 def arrow_batches(file: IO[bytes]) -> Iterator[Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
+import io
 import json
 import os
 import signal
@@ -19,8 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.inputs.faults import InputFault
-from actors.inputs.lines import input_pieces
-from actors.inputs.sandbox import SandboxError, batch_pieces
+from actors.inputs.lines import input_pieces, stream
+from actors.inputs.sandbox import BatchPieces, SandboxError
 from actors.inputs.sources import Part, input_parts
 from mora_serve.errors import StorageError
 from mora_serve.store.blobs import FsspecBlobs
@@ -46,7 +48,7 @@ class Blobs(FsspecBlobs):
 
 
 def pieces(parts: list[Part], blobs: FsspecBlobs, memory_bytes: int = MEMORY_BYTES) -> Any:
-    return batch_pieces(parts, blobs, REWRITES, MAX_LINE_BYTES, memory_bytes)
+    return BatchPieces(parts, blobs, REWRITES, MAX_LINE_BYTES, memory_bytes)
 
 
 def table(tmp_path: Path, rows: pa.Table | None = None, **kwargs: Any) -> list[Part]:
@@ -121,7 +123,14 @@ def test_the_same_table_is_read_where_there_is_memory_for_it(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGSEGV, InputFault), (signal.SIGKILL, SandboxError)]
+    ("number", "error"),
+    [
+        (signal.SIGSEGV, InputFault),
+        (signal.SIGABRT, InputFault),
+        (signal.SIGBUS, InputFault),
+        (signal.SIGKILL, SandboxError),
+        (signal.SIGTERM, SandboxError),
+    ],
 )
 def test_child_that_ends_is_the_inputs_fault_only_if_it_did_it_itself(
     tmp_path: Path, number: int, error: type[Exception]
@@ -189,3 +198,83 @@ def _is_running(process: Path) -> bool:
         return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def endless(tmp_path: Path) -> list[Part]:
+    """An Arrow stream of a few KB whose dictionary is sent again and again before its one row."""
+    column = pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), pa.array(["x" * 2**20] * 64))
+    written = pa.table({"prompt": column})
+    sink = io.BytesIO()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_stream(sink, written.schema, options=options) as writer:
+        writer.write_table(written)
+    reader = pa.ipc.MessageReader.open_stream(pa.BufferReader(sink.getvalue()))
+    schema, dictionary, rows = (message.serialize().to_pybytes() for message in reader)
+    path = tmp_path / "rows.arrow"
+    path.write_bytes(schema + dictionary * 5000 + rows)
+    return [Part(path.name, f"file://{path}", "arrow")]
+
+
+def test_reading_that_comes_to_no_row_is_ended(tmp_path: Path) -> None:
+    reading = BatchPieces(
+        endless(tmp_path), Blobs(tmp_path), REWRITES, MAX_LINE_BYTES, 2**30, silent_s=3.0
+    )
+    with pytest.raises(InputFault, match="took over 3 s without a row"):
+        list(reading)
+    assert children() == []
+
+
+async def test_cancelled_reading_ends_its_child_in_the_middle_of_a_piece(tmp_path: Path) -> None:
+    loop, opened = asyncio.get_running_loop(), asyncio.Event()
+    blobs = Blobs(tmp_path, lambda file: loop.call_soon_threadsafe(opened.set) and None)
+    reading = pieces(endless(tmp_path), blobs, 2**30)
+
+    async def read() -> int:
+        return sum([len(piece) async for piece in stream(reading, 10**9, reading.abort)])
+
+    task = asyncio.create_task(read())
+    await opened.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert children() == []
+
+
+def test_child_may_take_what_it_is_given_and_no_more() -> None:
+    code = (
+        "from actors.inputs.sandbox import _limit_memory\n"
+        "_limit_memory(64 * 2**20)\n"
+        "held = bytearray(32 * 2**20)\n"
+        "try: bytearray(64 * 2**20)\n"
+        "except MemoryError: print('refused')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    assert done.stdout == b"refused\n"
+
+
+def test_legal_table_of_one_large_row_group_is_read(tmp_path: Path) -> None:
+    texts = [str(number) * (2**20) for number in range(40)]
+    read = list(pieces(table(tmp_path, pa.table({"prompt": texts})), Blobs(tmp_path), 2**28))
+    assert b"".join(read).count(b"\n") == 40
+    assert max(map(len, read)) <= 2**20
+
+
+def test_one_part_is_open_at_a_time(tmp_path: Path) -> None:
+    files: list[IO[bytes]] = []
+
+    def note(file: IO[bytes]) -> None:
+        assert all(other.closed for other in files)
+        files.append(file)
+
+    (part,) = table(tmp_path)
+    again = Part("other.parquet", part.key, "parquet")
+    assert b"".join(pieces([part, again], Blobs(tmp_path, note))).count(b"\n") == 4
+    assert len(files) == 2
+
+
+def test_modules_in_the_working_directory_are_not_the_childs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "struct.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    assert len(list(pieces(table(tmp_path), Blobs(tmp_path)))) == 1

@@ -69,6 +69,17 @@ async def test_parquet_rows_are_bodies_and_get_ids(tmp_path: Path) -> None:
         parse_batch_row(json.dumps(row), REWRITES)
 
 
+@pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "PLAIN"])
+async def test_text_is_read_however_it_is_encoded(tmp_path: Path, encoding: str) -> None:
+    path = write_parquet(
+        tmp_path / "rows.parquet",
+        PROMPTS,
+        use_dictionary=False,
+        column_encoding={"prompt": encoding},
+    )
+    assert [row["body"]["prompt"] for row in await lines(path)] == [p["prompt"] for p in PROMPTS]
+
+
 async def test_conversations_and_absent_values_survive(tmp_path: Path) -> None:
     rows = await lines(
         write_parquet(

@@ -23,7 +23,7 @@ def test_port_in_use_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     taken, free = free_ports(2)
     monkeypatch.setattr(module, "stable_ports", lambda: [taken, free])
     with socket.socket() as server:
-        server.bind(("127.0.0.1", taken))
+        server.bind(("127.0.0.2", taken))
         server.listen()
         assert {free_port() for _ in range(8)} == {free}
 

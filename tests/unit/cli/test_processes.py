@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mora_serve import processes
 from mora_serve.processes import Child, ParentWatch, StopSignals
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
@@ -200,3 +201,11 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_process_that_may_not_be_killed_does_not_keep_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    processes._kill_all(lambda: [2, 3])
