@@ -17,7 +17,14 @@ from mora_serve.errors import (
     OverloadedError,
     ScoringError,
 )
-from mora_serve.fakes import FAIL_GENERATION, FAIL_SCORING, FakeGenerator, FakeScorer
+from mora_serve.fakes import (
+    FAIL_GENERATION,
+    FAIL_SCORING,
+    FakeGenerator,
+    FakeScorer,
+    fake_calibrator,
+)
+from mora_serve.presampling import ListCalls
 from mora_serve.requests import (
     DIAGNOSTICS_URL,
     SCORES_URL,
@@ -25,6 +32,7 @@ from mora_serve.requests import (
     ScoresRequest,
     parse_body,
 )
+from mora_serve.service import MoraService
 from mora_serve.types import (
     Dimension,
     Failure,
@@ -33,7 +41,7 @@ from mora_serve.types import (
     Score,
     ScoreGroup,
 )
-from tests.unit.act.act_builders import service
+from tests.unit.act.act_builders import service, settings
 
 QUESTIONS = [f"Question number {i}?" for i in range(20)]
 LONG = "word " * 2000
@@ -214,6 +222,29 @@ async def test_a_request_whose_engine_is_gone_says_so(
     assert item["status"] == "failed"
     assert item["error"]["type"] == "server_error"
     assert item["error"]["param"] is None
+
+
+@pytest.mark.parametrize("prompts", [["lost", "gone"], ["gone", "lost"]])
+async def test_a_request_with_any_prompt_that_an_engine_ended_under_is_lost(
+    prompts: list[str],
+) -> None:
+    class Half(FakeGenerator):
+        async def generate(
+            self, requests: Sequence[GenerationRequest]
+        ) -> list[Generation | Failure]:
+            text = requests[0].prompt[-1].content
+            raise GenerationError(text, lost=text == "lost")
+
+    each = MoraService(
+        Half(),
+        FakeScorer(settings().dimensions),
+        fake_calibrator(settings().dimensions),
+        settings(),
+        lists=ListCalls(max_items=1, window_s=0.0),
+    )
+    with pytest.raises(GenerationError) as caught:
+        await each.diagnose_list(diagnostics(prompts))
+    assert caught.value.lost
 
 
 async def test_a_lost_scorer_is_a_scoring_error() -> None:
