@@ -143,13 +143,8 @@ def values_schema() -> Schema:
         ray=section(
             version={"type": "string", "pattern": r"^[0-9]+\.[0-9]+\.[0-9]+$"},
             autoscaling=FLAG,
-            upgradeStrategy=choice("NewCluster", "NewClusterWithIncrementalUpgrade", "None"),
-            incrementalUpgrade=section(
-                gatewayClassName=NAME,
-                maxSurgePercent=whole(1, 100),
-                stepSizePercent=whole(1, 100),
-                intervalSeconds=whole(1),
-            ),
+            # In an incremental upgrade KubeRay ignores `serveService`, which all else leads to.
+            upgradeStrategy=choice("NewCluster", "None"),
             authMode=choice("disabled", "token"),
             haproxy=FLAG,
             deletionDelaySeconds=whole(),

@@ -12,7 +12,8 @@ from typing import Any
 
 MAX_NAME = 47
 """53 for a RayCluster's services, less the six characters that a RayService adds."""
-UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
+UPGRADES = ("NewCluster", "None")
+"""Of KubeRay's three: an incremental upgrade makes no Service of the name that ours lead to."""
 TOKENS_SINCE = (2, 52)
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 RESOURCE_PARAMETERS = ("num-cpus", "num-gpus", "memory", "resources")
@@ -48,16 +49,6 @@ def _upgrade(spec: Mapping[str, Any]) -> Iterator[str]:
         "metadata", {}
     ):
         yield "headService.metadata.name must not be set"
-    if kind != "NewClusterWithIncrementalUpgrade":
-        return
-    options = strategy.get("clusterUpgradeOptions") or {}
-    if not spec["rayClusterConfig"].get("enableInTreeAutoscaling"):
-        yield "an incremental upgrade needs the autoscaler"
-    if not options.get("gatewayClassName"):
-        yield "an incremental upgrade needs gatewayClassName"
-    step, surge = options.get("stepSizePercent"), options.get("maxSurgePercent", 100)
-    if not options.get("intervalSeconds") or step is None or not 0 <= step <= surge <= 100:
-        yield "an incremental upgrade needs an interval and steps of at most the surge"
 
 
 def _groups(cluster: Mapping[str, Any]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections import defaultdict
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from prometheus_client import CollectorRegistry
 from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 from ray.autoscaler._private.kuberay.autoscaling_config import (
@@ -47,6 +49,7 @@ from tests.chart.charts import (
     in_cluster,
     profile,
     render,
+    run_helm,
 )
 from tests.chart.footprint import row
 from trainer.metrics import exposition
@@ -301,9 +304,27 @@ def test_the_calibrator_and_the_embedded_model_are_mounted() -> None:
 
 
 def embedded() -> Rendered:
-    heads = [{"name": "smol-heads", "backend": "heads",
-              "dimensions": ["helpful", "harmless", "truthful"]}]  # fmt: skip
-    return render("cpu", "profile=embedded", values={"config.scorers": heads, "config.policy": {}})
+    """What the README's own command installs."""
+    readme = (CHART / "README.md").read_text("utf-8")
+    (command,) = re.findall(
+        r"^helm install (mora helm [^`]*?profile=embedded.*?)^```", readme, re.M | re.S
+    )
+    words = shlex.split(command.replace("\\\n", " "))
+    options = [word.replace("helm/", f"{CHART}/") for word in words[2:]]
+    text = run_helm("template", "mora", str(CHART), *options)
+    return Rendered(tuple(item for item in yaml.safe_load_all(text) if item))
+
+
+def test_the_embedded_install_serves_the_model_that_it_prepares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rendered = embedded()
+    policy = settings_of(rendered).policy
+    prepared = rendered.ray_pods()["gateway"]["spec"]["initContainers"][0]["command"][-1]
+    assert policy.path == prepared
+    assert PurePosixPath(prepared).name == policy.model
+    for demand in demands(rendered, monkeypatch):
+        assert not any(bundle.get("GPU") for bundle in demand.bundles)
 
 
 def check_paths(rendered: Rendered) -> None:
@@ -411,8 +432,6 @@ def test_the_values_schema_is_current() -> None:
 
 
 def test_every_value_has_a_default_to_read() -> None:
-    import yaml
-
     schema = json.loads((CHART / "values.schema.json").read_text("utf-8"))
     values = yaml.safe_load((CHART / "values.yaml").read_text("utf-8"))
     assert sorted(undocumented(schema, values)) == []

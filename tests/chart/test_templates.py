@@ -34,7 +34,6 @@ from tests.chart.operator_rules import violations
 
 FOREIGN = ("ray.io/", "monitoring.coreos.com/", "gateway.networking.k8s.io/")
 """API groups that Kubernetes itself does not have."""
-INCREMENTAL = "NewClusterWithIncrementalUpgrade"
 needs_crds = pytest.mark.skipif(
     crds.folder() is None, reason="no KubeRay CRDs: name their folder in KUBERAY_CRDS"
 )
@@ -91,13 +90,6 @@ def test_ray_objects_are_valid(profile_name: str) -> None:
 @needs_crds
 def test_ray_objects_with_every_option_are_valid() -> None:
     assert crds.problems(everything().ray_service) == []
-    incremental = render(
-        "default",
-        f"ray.upgradeStrategy={INCREMENTAL}",
-        "ray.incrementalUpgrade.gatewayClassName=istio",
-    ).ray_service
-    assert crds.problems(incremental) == []
-    assert violations(incremental) == []
 
 
 @needs_crds
@@ -131,7 +123,6 @@ def test_the_operator_takes_every_option() -> None:
         (lambda s: s["metadata"].update(name="m" * 48), "47 characters"),
         (lambda s: s["metadata"].update(name="1mora"), "DNS label"),
         (lambda s: s["spec"]["upgradeStrategy"].update(type="Rolling"), "got Rolling"),
-        (lambda s: s["spec"]["upgradeStrategy"].update(type=INCREMENTAL), "gatewayClassName"),
         (lambda s: _cluster(s).update(upgradeStrategy={}), "rayClusterConfig.upgradeStrategy"),
         (lambda s: _cluster(s)["headGroupSpec"].update(resources={"CPU": "1"}), "one place"),
         (lambda s: _head_env(s).append({"name": "REDIS_PASSWORD"}), "REDIS_PASSWORD"),
@@ -259,7 +250,7 @@ def test_named_clients_are_the_only_ones_at_the_gateway() -> None:
     assert [port["port"] for port in gateway[0]["ports"]] == ["serve"]
 
 
-def test_settings_and_scale_change_in_place_and_pods_by_a_new_cluster() -> None:
+def test_settings_change_in_place_and_bounds_wait_for_a_new_cluster() -> None:
     before = render().ray_service["spec"]
     settings = render(values={"config.method.p_class": 0.9}).ray_service["spec"]
     assert settings["rayClusterConfig"] == before["rayClusterConfig"]
@@ -269,6 +260,32 @@ def test_settings_and_scale_change_in_place_and_pods_by_a_new_cluster() -> None:
     assert _hashed(scale) == _hashed(before)
     image = render("default", "image.tag=other").ray_service["spec"]
     assert _hashed(image) != _hashed(before)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"workerGroups.gateway.idleTimeoutSeconds": 7},
+        {"service.port": 9009},
+        {"calibrator.existingConfigMap": "fitted"},
+        {"valkey.auth.existingSecret": "another"},
+        {"head.podAnnotations": {"turn": "2"}},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_changes_that_replace_the_cluster_are_told(values: dict[str, Any]) -> None:
+    assert _hashed(render(values=values).ray_service["spec"]) != _hashed(
+        render().ray_service["spec"]
+    )
+    readme = (CHART / "README.md").read_text("utf-8")
+    (told,) = [line for line in readme.splitlines() if "a new Ray cluster beside" in line]
+    name = next(iter(values)).rsplit(".", 1)
+    assert any(f"`{word}`" in told for word in (*name, ".".join(name))) or "head" in name
+
+
+def test_a_services_type_is_no_part_of_what_replaces_the_cluster() -> None:
+    changed = render("default", "service.type=NodePort").ray_service["spec"]
+    assert _hashed(changed) == _hashed(render().ray_service["spec"])
 
 
 def _hashed(spec: dict[str, Any]) -> Any:

@@ -30,7 +30,7 @@ BAD = [
     ({"image.digest": "sha256:abc"}, "digest"),
     ({"image.pullPolicy": "Sometimes"}, "pullPolicy"),
     ({"ray.upgradeStrategy": "Rolling"}, "upgradeStrategy"),
-    ({"ray.upgradeStrategy": "NewClusterWithIncrementalUpgrade"}, "ray.upgradeStrategy must be"),
+    ({"ray.upgradeStrategy": "NewClusterWithIncrementalUpgrade"}, "upgradeStrategy"),
     ({"ray.version": "latest"}, "version"),
     ({"workerGroups.gpu": {}}, "gpu"),
     ({"workerGroups.generator.gpus": -1}, "gpus"),
