@@ -90,11 +90,14 @@ GROUP = section(
 )
 VARIABLE: Schema = {
     **section(
-        # MORA_* would be read as settings, which belong into `config`.
+        # MORA_* would be read as settings, which belong into `config`; KubeRay refuses the others.
         name={
             "type": "string",
             "pattern": "^[A-Za-z_][A-Za-z0-9_]*$",
-            "not": {"pattern": "^MORA_"},
+            "not": {
+                "pattern": "^(MORA_|(REDIS_PASSWORD|REDIS_USERNAME|RAY_REDIS_ADDRESS"
+                "|RAY_enable_autoscaler_v2)$)"
+            },
         },
         value=TEXT,
         valueFrom=ANY_OBJECT,

@@ -53,6 +53,7 @@
 {{- end }}
 {{- with .Values.blobs.s3.region }}
 - {name: AWS_REGION, value: {{ . | quote }}}
+- {name: AWS_DEFAULT_REGION, value: {{ . | quote }}}
 {{- end }}
 {{- with .Values.extraEnv }}
 {{ toYaml . }}

@@ -25,15 +25,42 @@
 {{- toYaml $replica -}}
 {{- end -}}
 
+{{/* Refuses texts that look like secrets in what the schema leaves open: `value` is at the path `at`. */}}
+{{- define "mora-serve.noSecrets" -}}
+{{- $at := .at -}}
+{{- if kindIs "map" .value -}}
+{{- range $name, $inner := .value -}}
+{{- $text := and (kindIs "string" $inner) (ne $inner "") -}}
+{{- if and $text (regexMatch "(?i:secret|passw|credential|access_?key|connection_?string)|(^|[_.-])(?i:api_?key|key|token)$|[a-z](Key|Token)$" $name) -}}
+{{- fail (printf "%s.%s must not be in the values, which everybody who reads the RayService sees: name a Secret under `secrets`, or give a variable with valueFrom in extraEnv" $at $name) -}}
+{{- end -}}
+{{- include "mora-serve.noSecrets" (dict "at" (printf "%s.%s" $at $name) "value" $inner) -}}
+{{- end -}}
+{{- else if kindIs "slice" .value -}}
+{{- range $inner := .value }}{{ include "mora-serve.noSecrets" (dict "at" $at "value" $inner) }}{{ end -}}
+{{- else if kindIs "string" .value -}}
+{{- if regexMatch "://[^/@ ]*:[^/@ ]+@" .value -}}
+{{- fail (printf "%s must not hold a URL with a password: name a Secret under `secrets`, or give a variable with valueFrom in extraEnv" $at) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "mora-serve.settings" -}}
 {{- $config := deepCopy .Values.config -}}
+{{- include "mora-serve.noSecrets" (dict "at" "config.blobs.options" "value" (dig "blobs" "options" dict $config)) -}}
+{{- range $name := list "engine" "engine_env" -}}
+{{- include "mora-serve.noSecrets" (dict "at" (printf "config.policy.%s" $name) "value" (dig "policy" $name dict $config)) -}}
+{{- end -}}
+{{- range $scorer := $config.scorers }}{{ range $name := list "engine_args" "engine_env" -}}
+{{- include "mora-serve.noSecrets" (dict "at" (printf "config.scorers.%s.%s" $scorer.name $name) "value" (index $scorer $name)) -}}
+{{- end }}{{ end -}}
 {{- if not $config.scorers }}{{ fail "config.scorers must list the scorers, got none: the chart places each on its worker group" }}{{ end -}}
 {{- $gateway := printf "mora-%s" (include "mora-serve.home" (dict "root" . "part" "gateway")) -}}
 {{- $server := $config.server | default dict -}}
 {{- $server = merge (dict "host" "0.0.0.0" "port" (int .Values.service.port) "resources" (set ($server.resources | default dict) $gateway 0.01)) $server -}}
 {{- $_ := set $config "server" $server -}}
 {{- $_ := set $config "data_dir" "/var/lib/mora" -}}
-{{- with .Values.blobs.s3.url }}{{ $_ := set $config "blobs" (dict "url" .) }}{{ end -}}
+{{- with .Values.blobs.s3.url }}{{ $_ := set $config "blobs" (merge (dict "url" .) ($config.blobs | default dict)) }}{{ end -}}
 {{- $policy := $config.policy | default dict -}}
 {{- $_ := set $policy "replica" (include "mora-serve.placed" (dict "root" $ "part" "generator" "replica" $policy.replica) | fromYaml) -}}
 {{- if and (eq .Values.profile "embedded") (not $policy.path) }}{{ $_ := set $policy "path" (include "mora-serve.embeddedModel" .) }}{{ end -}}
@@ -52,6 +79,12 @@
 {{- $_ := set $trainer "launcher" (include "mora-serve.placed" (dict "root" $ "part" "gateway" "replica" $trainer.launcher) | fromYaml) -}}
 {{- $_ := set $trainer "resources" (set ($trainer.resources | default dict) (printf "mora-%s" $home) 0.01) -}}
 {{- if not (hasKey $trainer "use_gpu") }}{{ $_ := set $trainer "use_gpu" (gt (int (index .Values.workerGroups $home).gpus) 0) }}{{ end -}}
+{{- $pod := (index .Values.workerGroups $home).resources -}}
+{{- $cpus := toString (dig "limits" "cpu" (dig "requests" "cpu" "0" $pod) $pod) -}}
+{{- $has := ternary (divf (trimSuffix "m" $cpus) 1000) (float64 $cpus) (hasSuffix "m" $cpus) | ceil -}}
+{{- if gt (float64 ($trainer.num_cpus_per_worker | default 0)) $has -}}
+{{- fail (printf "config.trainer.num_cpus_per_worker must be at most the %v CPUs of a pod of workerGroups.%s, where training runs, got %v" $has $home $trainer.num_cpus_per_worker) -}}
+{{- end -}}
 {{- $_ := set $config "trainer" $trainer -}}
 {{- if .Values.calibrator.existingConfigMap -}}
 {{- $_ := set $config "method" (set ($config.method | default dict) "calibrator" (printf "/etc/mora/calibrator/%s" .Values.calibrator.key)) -}}

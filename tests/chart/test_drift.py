@@ -203,9 +203,6 @@ def test_groups_that_serve_nothing_at_rest_have_no_pod(
 
 def test_training_workers_have_a_place(profile_name: str) -> None:
     rendered = profile(profile_name)
-    if "trainer" not in rendered.groups:
-        assert profile_name == "large", "its policy does not fit the one GPU of a trainer"
-        return
     trainer = settings_of(rendered).trainer
     (pool,) = [name for name in trainer.resources if name.startswith("mora-")]
     node = node_types(rendered)[pool.removeprefix("mora-")]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.chart.charts import CHART, RefusedError, Rendered, render, run_helm
+from tests.chart.charts import CHART, RefusedError, Rendered, environment, render, run_helm
 from tests.chart.operator_rules import violations
 from tests.chart.test_drift import node_types, settings_of
 from tests.chart.test_templates import as_pods, builtin
@@ -56,6 +56,26 @@ BAD = [
     ({"fullnameOverride": "1mora"}, "fullnameOverride must give a name"),
     ({"monitoring.serviceMonitor.interval": "15"}, "interval"),
     ({"test.prompt": ""}, "prompt"),
+    ({"workerGroups.trainer.enabled": False}, "num_cpus_per_worker must be at most the 3 CPUs"),
+    ({"config.trainer.num_cpus_per_worker": 9}, "at most the 8 CPUs of a pod of workerGroups.tr"),
+    ({"workerGroups.trainer.resources.limits.cpu": "3500m", "config.trainer.num_cpus_per_worker":
+      4.5}, "at most the 4 CPUs"),
+    ({"config.blobs.options": {"key": "AKIA"}}, "config.blobs.options.key must not be"),
+    ({"config.blobs.options": {"client_kwargs": {"aws_secret_access_key": "x"}}},
+     "config.blobs.options.client_kwargs.aws_secret_access_key must not be"),
+    ({"config.blobs.options": {"sessionToken": "x"}}, "options.sessionToken must not be"),
+    ({"config.blobs.options": {"proxy": "http://me:pass@proxy"}}, "options.proxy must not hold"),
+    ({"config.policy.engine": {"hf_token": "hf_x"}}, "config.policy.engine.hf_token must not be"),
+    ({"config.policy.engine_env": {"HF_TOKEN": "x"}}, "engine_env.HF_TOKEN must not be"),
+    ({"config.policy.engine_env": {"VLLM_API_KEY": "x"}}, "engine_env.VLLM_API_KEY must not be"),
+    ({"config.scorers": [{"name": "one", "preset": "mahalo-truth", "dimensions": ["truthful"],
+                          "engine_env": {"HF_TOKEN": "x"}}]}, "scorers.one.engine_env.HF_TOKEN"),
+    ({"ray.authMode": "token", "ray.version": "2.51.0"}, "ray.version must be at least 2.52.0"),
+    ({"extraEnv": [{"name": "REDIS_PASSWORD", "value": "x"}]}, "extraEnv"),
+    ({"extraEnv": [{"name": "RAY_REDIS_ADDRESS", "value": "x"}]}, "extraEnv"),
+    ({"extraEnv": [{"name": "RAY_enable_autoscaler_v2", "value": "1"}]}, "extraEnv"),
+    *(({"service.port": port}, "service.port must not be a port of Ray's")
+      for port in (6379, 8080, 8265, 8404, 8500, 9101, 9500, 10001, 10002, 19999, 52365)),
 ]  # fmt: skip
 
 
@@ -69,6 +89,44 @@ def test_a_bad_value_is_refused_by_name(
     assert said in message
     assert "nil pointer" not in message
     assert "goroutine" not in message
+
+
+def test_names_that_only_sound_like_secrets_are_taken() -> None:
+    engine = {"max_num_batched_tokens": 4096, "tokenizer": "x/y", "long_prefill_token_threshold": 9,
+              "tokenizer_mode": "auto", "hf_token": True}  # fmt: skip
+    variables = {"TOKENIZERS_PARALLELISM": "false", "VLLM_KEYS_PER_TOKENS": "1"}
+    options = {"anon": True, "client_kwargs": {"endpoint_url": "http://minio:9000"}, "key": ""}
+    rendered = render(
+        values={
+            "config.policy.engine": engine,
+            "config.policy.engine_env": variables,
+            "config.blobs.options": options,
+        }
+    )
+    assert engine.items() <= settings_of(rendered).policy.engine.items()
+    assert settings_of(rendered).blobs.options == options
+
+
+def test_a_bucket_keeps_the_options_of_its_filesystem() -> None:
+    values = {"config.blobs.options": {"anon": True}, "blobs.s3.url": "s3://mora/blobs"}
+    blobs = settings_of(render(values=values)).blobs
+    assert blobs.url == "s3://mora/blobs"
+    assert blobs.options == {"anon": True}
+
+
+def test_a_region_is_told_to_every_reader_of_it() -> None:
+    given = environment(render(values={"blobs.s3.region": "eu"}).ray_pods()["generator"])
+    assert given["AWS_REGION"] == given["AWS_DEFAULT_REGION"] == "eu"
+
+
+def test_kueue_is_told_that_the_cluster_scales_only_where_it_does() -> None:
+    elastic = "kueue.x-k8s.io/elastic-job"
+    scaling = render("default", "kueue.queueName=gpus").ray_service["metadata"]
+    assert scaling["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert scaling["annotations"] == {elastic: "true"}
+    fixed = render("default", "kueue.queueName=gpus", "ray.autoscaling=false").ray_service
+    assert "annotations" not in fixed["metadata"]
+    assert "annotations" not in render().ray_service["metadata"]
 
 
 def test_a_bare_n_is_read_as_false_and_refused() -> None:
@@ -127,7 +185,7 @@ def valid_values() -> st.SearchStrategy[dict[str, Any]]:
         "ray.autoscaling": flags,
         "ray.authMode": st.sampled_from(["disabled", "token"]),
         "ray.haproxy": flags,
-        "service.port": st.integers(1024, 65535),
+        "service.port": st.one_of(st.integers(1024, 6000), st.integers(20000, 52000)),
         "gcsFaultTolerance.enabled": flags,
         "networkPolicy.enabled": flags,
         "serviceAccount.create": flags,
@@ -144,7 +202,9 @@ def valid_values() -> st.SearchStrategy[dict[str, Any]]:
         ),
         "terminationGracePeriodSeconds": st.integers(1, 3600),
     }
-    return st.fixed_dictionaries({}, optional=optional)
+    # Half a CPU fits the smallest pod of `quantities`.
+    always = {"config.trainer.num_cpus_per_worker": st.just(0.5)}
+    return st.fixed_dictionaries(always, optional=optional)
 
 
 def check(rendered: Rendered, values: dict[str, Any]) -> None:
