@@ -20,7 +20,8 @@ COPY actors actors
 COPY api api
 COPY trainer trainer
 
-# Packages first: a change of the sources installs nothing else anew.
+# Packages first: a change of the sources installs nothing else anew. The sources are built with the
+# lock's setuptools, not with whichever is the newest.
 FROM build AS build-cpu
 # Where PyTorch's CPU builds are, which PyPI does not have.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -29,13 +30,13 @@ RUN /opt/venv/bin/pip install --no-deps --extra-index-url "${TORCH_INDEX}" \
         "$(grep '^torch==' requirements/image-cpu.lock)" \
     && /opt/venv/bin/pip install --no-deps -r requirements/image-cpu.lock
 COPY --from=sources /src /src
-RUN /opt/venv/bin/pip install --no-deps . && /opt/venv/bin/pip uninstall --yes pip
+RUN /opt/venv/bin/pip install --no-deps --no-build-isolation . && /opt/venv/bin/pip uninstall --yes pip
 
 FROM build AS build-gpu
 COPY requirements/image-gpu.lock requirements/
 RUN /opt/venv/bin/pip install --no-deps -r requirements/image-gpu.lock
 COPY --from=sources /src /src
-RUN /opt/venv/bin/pip install --no-deps . && /opt/venv/bin/pip uninstall --yes pip
+RUN /opt/venv/bin/pip install --no-deps --no-build-isolation . && /opt/venv/bin/pip uninstall --yes pip
 
 # --- what is shipped -------------------------------------------------------------------------------
 # hadolint ignore=DL3006
@@ -64,7 +65,8 @@ VOLUME /var/lib/mora
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=10s --start-period=600s --retries=4 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=8)"]
-# Alone it serves everything from one container; KubeRay starts `ray` in its place.
+# Alone a container serves what its profile starts: all of `embedded`, and `gpu` only beside a store
+# (MORA_REDIS__URL) and enough GPUs. KubeRay starts `ray` in its place.
 CMD ["mora-serve", "up", "--host", "0.0.0.0"]
 
 FROM runtime AS cpu

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mora_serve.config import PROFILES, Settings
 
 TARGET = Path(__file__).resolve().parents[1] / "helm" / "values.schema.json"
@@ -77,17 +79,18 @@ POD = {
     "podAnnotations": STRINGS,
     "podLabels": STRINGS,
 }
-GROUP = section(
+TRAINERS = section(
     enabled=FLAG,
     minReplicas=whole(),
     maxReplicas=whole(1),
     gpus=whole(),
     idleTimeoutSeconds=whole(1),
-    pdbMinAvailable=whole(),
     topologySpreadConstraints=OBJECTS,
     env={"type": "array", "items": {"$ref": "#/$defs/variable"}},
     **POD,
 )
+GROUP = section(**TRAINERS["properties"], pdbMinAvailable=whole())
+"""Trainers come and go: a budget of theirs would hold up every node's drain."""
 VARIABLE: Schema = {
     **section(
         # MORA_* would be read as settings, which belong into `config`; KubeRay refuses the others.
@@ -155,10 +158,8 @@ def values_schema() -> Schema:
         ),
         head=section(**POD),
         workerGroups=section(
-            **{
-                name: {"$ref": "#/$defs/group"}
-                for name in ("gateway", "generator", "scorers", "trainer")
-            }
+            **{name: {"$ref": "#/$defs/group"} for name in ("gateway", "generator", "scorers")},
+            trainer={"$ref": "#/$defs/trainers"},
         ),
         gpuResource={"type": "string", "minLength": 1},
         extraEnv={"type": "array", "items": {"$ref": "#/$defs/variable"}},
@@ -236,10 +237,28 @@ def values_schema() -> Schema:
         **{"global": ANY_OBJECT},
     )
     settings = settings_schema()
+    values = yaml.safe_load(TARGET.with_name("values.yaml").read_text("utf-8"))
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
-        **root,
-        "$defs": {"group": GROUP, "variable": VARIABLE, **settings},
+        **_complete(root, values),
+        "$defs": {
+            "group": _complete(GROUP, values["workerGroups"]["gateway"]),
+            "trainers": _complete(TRAINERS, values["workerGroups"]["trainer"]),
+            "variable": VARIABLE,
+            **settings,
+        },
+    }
+
+
+def _complete(schema: Schema, values: Any) -> Schema:
+    """Sections require what has a default: only a null, which removes it, can leave it out."""
+    if "properties" not in schema or not isinstance(values, dict):
+        return schema
+    fields = schema["properties"]
+    return {
+        **schema,
+        "required": [name for name in fields if name in values],
+        "properties": {name: _complete(field, values.get(name)) for name, field in fields.items()},
     }
 
 

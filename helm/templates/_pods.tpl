@@ -124,9 +124,8 @@ variables. Autoscaler v2 replaces pods instead of restarting their containers. *
 {{- $isHead := eq .group "head" -}}
 metadata:
   labels:
-    {{- include "mora-serve.rayLabels" $root | nindent 4 }}
-    mora-serve/group: {{ .group }}
-    {{- with .node.podLabels }}{{ toYaml . | nindent 4 }}{{ end }}
+    {{- $own := set (include "mora-serve.rayLabels" $root | fromYaml) "mora-serve/group" .group }}
+    {{- merge $own .node.podLabels | toYaml | nindent 4 }}
   {{- $annotations := ternary (dict "cluster-autoscaler.kubernetes.io/safe-to-evict" "false" "karpenter.sh/do-not-disrupt" "true") dict $isHead }}
   {{- with merge (deepCopy .node.podAnnotations) $annotations }}
   annotations: {{- toYaml . | nindent 4 }}

@@ -13,7 +13,7 @@ UNITS = {"m": 1e-3, "": 1.0, "Mi": 2.0**-10, "Gi": 1.0, "Ti": 2.0**10}
 
 @dataclass(frozen=True)
 class Footprint:
-    """Requests of all pods of a release."""
+    """Requests of all pods of a release, with the autoscaler beside the head."""
 
     gpus: int
     cpus: float
@@ -33,8 +33,10 @@ def quantity(text: str | int | float) -> float:
 def footprint(rendered: Rendered, *, at_most: bool = False) -> Footprint:
     """Of every group at its smallest, or ``at_most`` at its largest."""
     counted = list(_pods(rendered, "maxReplicas" if at_most else "minReplicas"))
+    sidecar = rendered.cluster.get("autoscalerOptions", {}).get("resources", {})
     totals = {
         name: sum(number * quantity(requests.get(name, 0)) for number, requests in counted)
+        + quantity(sidecar.get("requests", {}).get(name, 0))
         for name in ("nvidia.com/gpu", "cpu", "memory")
     }
     pods = sum(number for number, _ in counted)

