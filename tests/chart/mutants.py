@@ -54,7 +54,7 @@ MUTANTS = (
     Mutant(T + "_pods.tpl", "models, prepare, --profile", "models, prepared, --profile"),
     Mutant(T + "_pods.tpl", "ServiceAccountToken: false", "ServiceAccountToken: true"),
     Mutant(T + "_pods.tpl", "terminationGracePeriodSeconds:", "terminationGraceSeconds:"),
-    Mutant(T + "_pods.tpl", "mora-serve/group: {{ .group }}", "group: {{ .group }}"),
+    Mutant(T + "_pods.tpl", '"mora-serve/group" .group', '"mora-group" .group'),
     Mutant(T + "_helpers.tpl", "readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false"),
     Mutant(T + "_helpers.tpl", "minAvailable: {{ int", "maxUnavailable: {{ int"),
     Mutant(T + "_helpers.tpl", "trunc 40", "trunc 60"),
