@@ -20,17 +20,12 @@ from mora_serve.store import Stores, open_stores
 TIMEOUT_S = 240.0
 
 
-@pytest.fixture(scope="module")
-def ray_address() -> Iterator[str]:
-    """A Ray of the test's own process, which drivers join as they join a stack's."""
+@pytest.fixture
+def ray_address(ray_local: None) -> str:
+    """The Ray of the test's own process, which drivers join as they join a stack's."""
     import ray
 
-    ray.init(
-        address="local", num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False,
-        logging_level="warning", log_to_driver=False,
-    )  # fmt: skip
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def settings(data_dir: Path, url: str, **trainer: Any) -> Settings:
