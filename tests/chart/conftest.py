@@ -1,13 +1,14 @@
 """Helm for the chart's tests, the size of the matrix, and the last line.
 
 ``make test`` checks each profile once; ``--chart-full`` (``make helm-test``) takes every helm and
-every Kubernetes version.
+every Kubernetes version, and a real Ray.
 """
 
 from __future__ import annotations
 
 import statistics
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,12 @@ FULL = "chart_full"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chart-full", dest=FULL, action="store_true", help="every version of all")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the test on a real Ray, which takes over a minute, to the full matrix."""
+    is_long = collection_path.name == "test_cluster_serve.py"
+    return True if is_long and not config.getoption(FULL, default=False) else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
