@@ -9,7 +9,7 @@ ARG BASE=docker.io/library/python:3.11-slim
 FROM ${BASE} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-RUN python -m venv --copies /opt/venv
+RUN python -m venv --copies /app
 
 # hadolint ignore=DL3006
 FROM ${BASE} AS sources
@@ -23,20 +23,21 @@ COPY trainer trainer
 # Packages first: a change of the sources installs nothing else anew. The sources are built with the
 # lock's setuptools, not with whichever is the newest.
 FROM build AS build-cpu
-# Where PyTorch's CPU builds are, which PyPI does not have.
+# Where PyTorch's CPU builds are; asked when pip's own sources have none.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY requirements/image-cpu.lock requirements/
-RUN /opt/venv/bin/pip install --no-deps --extra-index-url "${TORCH_INDEX}" \
-        "$(grep '^torch==' requirements/image-cpu.lock)" \
-    && /opt/venv/bin/pip install --no-deps -r requirements/image-cpu.lock
+RUN torch="$(grep '^torch==' requirements/image-cpu.lock)" \
+    && { /app/bin/pip install --no-deps "${torch}" \
+        || /app/bin/pip install --no-deps -i "${TORCH_INDEX}" "${torch}"; } \
+    && /app/bin/pip install --no-deps -r requirements/image-cpu.lock
 COPY --from=sources /src /src
-RUN /opt/venv/bin/pip install --no-deps --no-build-isolation . && /opt/venv/bin/pip uninstall --yes pip
+RUN /app/bin/pip install --no-deps --no-build-isolation . && /app/bin/pip uninstall --yes pip
 
 FROM build AS build-gpu
 COPY requirements/image-gpu.lock requirements/
-RUN /opt/venv/bin/pip install --no-deps -r requirements/image-gpu.lock
+RUN /app/bin/pip install --no-deps -r requirements/image-gpu.lock
 COPY --from=sources /src /src
-RUN /opt/venv/bin/pip install --no-deps --no-build-isolation . && /opt/venv/bin/pip uninstall --yes pip
+RUN /app/bin/pip install --no-deps --no-build-isolation . && /app/bin/pip uninstall --yes pip
 
 # --- what is shipped -------------------------------------------------------------------------------
 # hadolint ignore=DL3006
@@ -56,7 +57,7 @@ RUN apt-get update \
     && groupadd --gid 10001 mora \
     && useradd --uid 10001 --gid mora --create-home --shell /usr/sbin/nologin mora \
     && install --directory --owner mora --group mora /var/lib/mora /var/cache/mora
-ENV PATH=/opt/venv/bin:${PATH} \
+ENV PATH=/app/bin:${PATH} \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     MORA_DATA_DIR=/var/lib/mora
@@ -72,7 +73,7 @@ CMD ["mora-serve", "up", "--host", "0.0.0.0"]
 FROM runtime AS cpu
 ENV MORA_PROFILE=embedded
 USER 10001:10001
-COPY --from=build-cpu /opt/venv /opt/venv
+COPY --from=build-cpu /app /app
 
 FROM runtime AS gpu
 # Triton compiles the launcher of each kernel when it is first used, with the C compiler it finds.
@@ -84,4 +85,4 @@ ENV MORA_PROFILE=gpu \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
-COPY --from=build-gpu /opt/venv /opt/venv
+COPY --from=build-gpu /app /app

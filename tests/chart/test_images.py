@@ -29,7 +29,7 @@ def test_hadolint_finds_nothing() -> None:
 def test_packages_come_from_the_targets_lock_alone(target: str) -> None:
     assert f"requirements/image-{target}.lock" in STAGES[f"build-{target}"]
     assert all("--no-deps" in line for line in TEXT.splitlines() if "pip install" in line)
-    assert f"COPY --from=build-{target} /opt/venv /opt/venv" in STAGES[target]
+    assert f"COPY --from=build-{target} /app /app" in STAGES[target]
     lock = (ROOT / f"requirements/image-{target}.lock").read_text("utf-8")
     assert all("==" in line for line in lock.splitlines() if line and line[0] not in "# ")
     assert not re.search(r"^(pytest|mypy|ruff|moto|hypothesis|hadolint)", lock, re.MULTILINE)
