@@ -9,6 +9,7 @@ the answer and is not supported is refused by name, so that nobody believes it h
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -52,13 +53,16 @@ async def read_json(request: Request) -> Any:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse UTF-8 JSON; ``NaN`` and ``Infinity`` are refused, as RFC 8259 has neither."""
+    """Parse UTF-8 JSON; ``NaN``, ``Infinity`` and numbers beyond doubles (``1e999``) are refused.
+
+    RFC 8259 has neither of the former, and what reads the latter as infinite cannot say it again.
+    """
     if not data.strip():
         raise InvalidRequestError(
             "The request body must be JSON, got nothing.", None, "invalid_json"
         )
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        return json.loads(data, parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
         message = f"The request body must be valid JSON: {error.msg} at character {error.pos}."
         raise InvalidRequestError(message, None, "invalid_json") from None
@@ -69,6 +73,13 @@ def parse_json(data: bytes) -> Any:
 
 def _no_constant(name: str) -> None:
     raise ValueError(name)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(digits)
+    return value
 
 
 def parse(schema: type[ModelT], data: Any) -> ModelT:
@@ -273,42 +284,59 @@ def window_seconds(text: str) -> float | None:
 
 # --- fine-tuning --------------------------------------------------------------------------------
 
-PositiveInt = Annotated[int, Field(ge=1)]
+MAX_BETA = 1000.0
+MAX_LEARNING_RATE_MULTIPLIER = 1e6
+MAX_BATCH_SIZE = 4096
+MAX_EPOCHS = 1000
+MAX_STEPS = 10**9
+MAX_LORA_RANK = 1024
+MAX_LENGTH = 2**20
+"""Far beyond what trains anything: a run that a typing error asks for must not occupy a trainer."""
 
 
-def _number_or_auto(value: Any) -> Any:
-    if value is None or value == "auto":
+def _auto_or(most: float, *, whole: bool) -> AfterValidator:
+    """Refuses what is neither ``"auto"``, null nor a number above 0 and at most ``most``."""
+    types = int if whole else (int, float)
+    kind = "an integer" if whole else "a number"
+
+    def check(value: Any) -> Any:
+        if value is None or value == "auto":
+            return value
+        if isinstance(value, bool) or not isinstance(value, types) or not 0 < value <= most:
+            raise _broken(f'must be "auto" or {kind} above 0 and at most {most:g}')
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise _broken('must be "auto" or a number above 0')
-    return value
+
+    return AfterValidator(check)
 
 
-def _integer_or_auto(value: Any) -> Any:
-    if isinstance(value, float):
-        raise _broken('must be "auto" or an integer above 0')
-    return _number_or_auto(value)
+def _auto_or_schema(most: float, *, whole: bool) -> WithJsonSchema:
+    integer = {"type": "integer", "minimum": 1, "maximum": most}
+    number = {"type": "number", "exclusiveMinimum": 0, "maximum": most}
+    return WithJsonSchema({"anyOf": [{"const": "auto"}, integer if whole else number]})
 
 
-AutoFloat = Annotated[
-    Any,
-    AfterValidator(_number_or_auto),
-    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "number", "exclusiveMinimum": 0}]}),
+Beta = Annotated[Any, _auto_or(MAX_BETA, whole=False), _auto_or_schema(MAX_BETA, whole=False)]
+BatchSize = Annotated[
+    Any, _auto_or(MAX_BATCH_SIZE, whole=True), _auto_or_schema(MAX_BATCH_SIZE, whole=True)
 ]
-AutoInt = Annotated[
+LearningRateMultiplier = Annotated[
     Any,
-    AfterValidator(_integer_or_auto),
-    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
+    _auto_or(MAX_LEARNING_RATE_MULTIPLIER, whole=False),
+    _auto_or_schema(MAX_LEARNING_RATE_MULTIPLIER, whole=False),
 ]
+NumEpochs = Annotated[
+    Any, _auto_or(MAX_EPOCHS, whole=True), _auto_or_schema(MAX_EPOCHS, whole=True)
+]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 
 
 class DpoHyperparameters(Body):
     """OpenAI's DPO hyperparameters; ``"auto"`` and null take the configured default."""
 
-    beta: AutoFloat | None = None
-    batch_size: AutoInt | None = None
-    learning_rate_multiplier: AutoFloat | None = None
-    n_epochs: AutoInt | None = None
+    beta: Beta | None = None
+    batch_size: BatchSize | None = None
+    learning_rate_multiplier: LearningRateMultiplier | None = None
+    n_epochs: NumEpochs | None = None
 
 
 class DpoMethod(Body):
@@ -332,12 +360,12 @@ class MoraTraining(Body):
     """Sequential only. By default each stage samples the prompts of ``training_file`` from the
     version that the stage before published; false trains all stages on the pairs it has."""
     lora: bool | None = None
-    lora_rank: PositiveInt | None = None
+    lora_rank: Annotated[int, Field(ge=1, le=MAX_LORA_RANK)] | None = None
     loss: DpoLoss | None = None
     """Variant of DPO; replaces the configured one as a whole."""
-    max_steps: PositiveInt | None = None
-    max_length: Annotated[int, Field(ge=16)] | None = None
-    checkpoint_steps: PositiveInt | None = None
+    max_steps: Steps | None = None
+    max_length: Annotated[int, Field(ge=16, le=MAX_LENGTH)] | None = None
+    checkpoint_steps: Steps | None = None
     make_current: bool | None = None
 
 

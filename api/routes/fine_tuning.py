@@ -53,6 +53,7 @@ async def create_job(request: Request, deps: DepsArg) -> Response:
     _check_dimensions(deps, body)
     if body.mora is not None:
         _check_sequential(body.mora)
+    _check_rank(deps, body.mora)
     await _check_model(deps, body.model)
     purpose = "batch" if _resamples(body) else "fine-tune"
     await _check_training_file(deps, body.training_file, purpose)
@@ -106,8 +107,10 @@ def _resamples(body: FineTuningRequest) -> bool:
 
 def _check_sequential(options: MoraTraining) -> None:
     if options.mode != "sequential":
-        if options.resample:
-            raise _bad("mora.resample", "must be absent unless mora.mode is sequential")
+        # The pairs' own margins decided what they teach; nothing here could change it.
+        for name, given in (("resample", options.resample), ("dimensions", options.dimensions)):
+            if given:
+                raise _bad(f"mora.{name}", "must be absent unless mora.mode is sequential")
         return
     named = options.dimensions or []
     if len(set(named)) < len(named):
@@ -117,6 +120,20 @@ def _check_sequential(options: MoraTraining) -> None:
             "mora.make_current",
             "must not be false in a sequential job, whose stages sample the version before; "
             "activate another one when the job is over",
+        )
+
+
+def _check_rank(deps: Deps, options: MoraTraining | None) -> None:
+    """An adapter that the engine could not apply would be trained for nothing."""
+    trainer, policy = deps.settings.trainer, deps.settings.policy
+    lora, rank = trainer.lora, trainer.lora_rank
+    if options is not None:
+        lora = lora if options.lora is None else options.lora
+        rank = options.lora_rank or rank
+    if lora and policy.lora and policy.backend == "vllm" and rank > policy.max_lora_rank:
+        raise _bad(
+            "mora.lora_rank",
+            f"must be at most policy.max_lora_rank ({policy.max_lora_rank}), got {rank}",
         )
 
 

@@ -10,9 +10,10 @@ import httpx
 import pytest
 
 from api import schemas
+from api.app import create_app
 from api.deps import Deps
 from mora_serve.config import TrainerSettings
-from tests.unit.api.conftest import MODEL, error_of
+from tests.unit.api.conftest import MODEL, error_of, make_client, make_deps, make_settings
 from tests.unit.api.test_batches import create as create_batch
 from tests.unit.api.test_batches import upload
 from trainer.job import read_job
@@ -187,6 +188,65 @@ async def test_a_loss_that_trl_would_refuse_is_refused_when_the_job_is_created(
     assert response.status_code == 400
     error = error_of(response)
     assert (error["param"], error["code"]) == ("mora.loss.label_smoothing", "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("field", "digits"),
+    [
+        ("beta", "1e999"),
+        ("beta", "1000.5"),
+        ("batch_size", "1" + "0" * 400),
+        ("batch_size", "4097"),
+        ("learning_rate_multiplier", "1" + "0" * 400),
+        ("n_epochs", "1001"),
+    ],
+)
+async def test_a_hyperparameter_that_nothing_can_train_with_is_refused_and_the_list_stays_readable(
+    client: httpx.AsyncClient, field: str, digits: str
+) -> None:
+    training_file = await upload(client, "fine-tune")
+    method = f'{{"type": "dpo", "dpo": {{"hyperparameters": {{"{field}": {digits}}}}}}}'
+    body = f'{{"model": "{MODEL}", "training_file": "{training_file}", "method": {method}}}'
+
+    response = await client.post(JOBS, content=body)
+
+    assert response.status_code == 400
+    assert (await client.get(JOBS)).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("mora", "param"),
+    [
+        ({"max_steps": 10**30}, "mora.max_steps"),
+        ({"checkpoint_steps": 10**30}, "mora.checkpoint_steps"),
+        ({"lora_rank": 10**9}, "mora.lora_rank"),
+        ({"max_length": 10**9}, "mora.max_length"),
+        ({"dimensions": ["harmless"]}, "mora.dimensions"),
+        ({"mode": "simultaneous", "dimensions": ["harmless"]}, "mora.dimensions"),
+    ],
+)
+async def test_options_that_cannot_have_the_effect_they_name_are_refused(
+    client: httpx.AsyncClient, mora: dict[str, Any], param: str
+) -> None:
+    body = {"model": MODEL, "training_file": await upload(client, "fine-tune"), "mora": mora}
+
+    response = await client.post(JOBS, json=body)
+
+    assert response.status_code == 400
+    assert error_of(response)["param"] == param
+
+
+async def test_an_adapter_of_more_ranks_than_the_engine_applies_is_not_trained() -> None:
+    settings = make_settings(policy={"backend": "vllm", "model": MODEL, "max_lora_rank": 16})
+    client = make_client(create_app(make_deps(settings)))
+    body = {"model": MODEL, "training_file": await upload(client, "fine-tune")}
+
+    refused = await client.post(JOBS, json={**body, "mora": {"lora_rank": 17}})
+    full = await client.post(JOBS, json={**body, "mora": {"lora_rank": 17, "lora": False}})
+
+    assert refused.status_code == 400
+    assert error_of(refused)["param"] == "mora.lora_rank"
+    assert full.status_code == 200
 
 
 SEQUENTIAL = {"mode": "sequential"}
