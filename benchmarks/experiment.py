@@ -4,8 +4,9 @@ Trains the arms of :mod:`benchmarks.experiment_arms` from one base version on a 
 compares them on held-out prompts, over several seeds: no rewriting with equally many pairs and
 steps, the same with equally many rollouts, unmeasured rewriting, MORA simultaneous and sequential;
 beside them the null strategy's acceptance and how often classes repeat. Resumable: finished pieces
-are JSON files under ``--out``, and the same command goes on with what is missing. ``--scale``
-multiplies prompts and steps; 1 is sized to two cores and takes hours.
+are JSON files under ``--out``, and the same command goes on with what is missing; more ``--seeds``
+may be added to it. ``--scale`` multiplies prompts and steps; 1 is sized to two cores and takes
+about two hours.
 
 With ``--judge-heads`` the held-out answers are scored once more by heads that nothing was trained
 against (``python -m actors.train_heads --layers 24 ...``), so that a policy which only pleases its
@@ -52,7 +53,7 @@ from mora_serve.settings_sources import read_yaml
 from mora_serve.version_sampling import sample_of
 
 Json = dict[str, Any]
-NUM_PROMPTS, NUM_HELD_OUT, NUM_STEPS = 96, 64, 40
+NUM_PROMPTS, NUM_HELD_OUT, NUM_STEPS = 36, 48, 15
 """At scale 1."""
 
 
@@ -60,8 +61,7 @@ def main() -> int:
     args = _parser().parse_args()
     design = make_design(args)
     tried = {} if args.config is None else read_yaml(args.config)
-    configuration = {**json.loads(json.dumps(asdict(design))), "profile": args.profile}
-    cells = Cells(args.out, {**configuration, "config": tried})
+    cells = open_cells(args, design, tried)
     _note(
         f"{len(design.prompts)} prompts, {len(design.held_out)} held out, seeds {design.seeds}, "
         f"{design.num_steps} steps"
@@ -69,9 +69,13 @@ def main() -> int:
     overrides = {**tried, "data_dir": str((args.out / "state").resolve())}
     expected = divergence_settings(load_settings(args.profile, overrides=tried))
     if not is_complete(cells, design, with_kl=expected is not None):
-        with running(args.profile, overrides) as stack:
-            kl = divergence_settings(stack.settings)
-            Arms(Client(stack.url), design, cells, _note, kl=kl).run()
+        try:
+            with running(args.profile, overrides) as stack:
+                kl = divergence_settings(stack.settings)
+                Arms(Client(stack.url), design, cells, _note, kl=kl).run()
+        except KeyboardInterrupt:
+            _note("stopped; the same command goes on from here")
+            return 130
     samples = load_samples(cells, design)
     judged = None
     if args.judge_heads is not None:
@@ -88,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies prompts and steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--order", nargs="+", help="dimensions in the order of their stages")
-    parser.add_argument("--n-eval", type=int, default=8, help="held-out answers per prompt")
+    parser.add_argument("--n-eval", type=int, default=4, help="held-out answers per prompt")
     parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--learning-rate-multiplier", type=float, default=1.0)
+    parser.add_argument("--learning-rate-multiplier", type=float, default=4.0)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--judge-heads", type=Path, help="directory of other heads")
     parser.add_argument("--profile", default="embedded")
@@ -125,6 +129,13 @@ def make_design(args: argparse.Namespace) -> Design:
         learning_rate_multiplier=args.learning_rate_multiplier,
         max_pairs=steps * args.batch_size,
     )
+
+
+def open_cells(args: argparse.Namespace, design: Design, tried: Mapping[str, Any]) -> Cells:
+    """The cells of this design. Every seed has cells of its own, so that seeds can be added."""
+    configuration = {**json.loads(json.dumps(asdict(design))), "profile": args.profile}
+    del configuration["seeds"]
+    return Cells(args.out, {**configuration, "config": dict(tried)})
 
 
 def divergence_settings(settings: Settings) -> DivergenceSettings | None:

@@ -5,8 +5,9 @@ Per seed, all from the base version::
     batches   plain (no rewriting) · all (unmeasured rewriting) · mora (measured) · null (control)
               · more (no rewriting, as many rollouts as mora drew)
     arms      plain, more, all, mora: DPO on equally many pairs of their batch, equally many steps
-              sequential: per dimension a mora batch sampled from the version before, pairs of that
-              stage alone, a share of the steps
+              sequential: per dimension a mora batch on a share of the prompts, sampled from the
+              version before, pairs of that stage alone, a share of the steps: as many rollouts
+              in all as simultaneous alignment takes
     answers   base and every arm on the held-out prompts, same seeds; KL of the arm to the base
 
 Versions are published without becoming current. What has to be sampled is made current for as long
@@ -172,12 +173,14 @@ class Arms:
             fields = dict(BATCHES[kind])
         return self._run_batch(f"seed-{seed}/batch-{kind}", fields, self._base, seed)
 
-    def _run_batch(self, name: str, fields: Json, version: str, seed: int) -> Json:
-        """Pairs, counts and classes of a batch over all training prompts."""
-        file = self._cells(f"{name}-file", lambda: {"id": self._upload(fields, seed)})
+    def _run_batch(
+        self, name: str, fields: Json, version: str, seed: int, rows: slice = slice(None)
+    ) -> Json:
+        """Pairs, counts and classes of a batch over training prompts, all or some."""
+        file = self._cells(f"{name}-file", lambda: {"id": self._upload(fields, seed, rows)})
 
         def make() -> Json:
-            self._note(f"{name}: {len(self._design.prompts)} prompts")
+            self._note(f"{name}: {len(self._design.prompts[rows])} prompts")
             body = {
                 "input_file_id": file["id"], "endpoint": REWRITES, "completion_window": "7d",
                 "defaults": {"model": version},
@@ -189,15 +192,15 @@ class Arms:
 
         return self._cells(name, make)
 
-    def _upload(self, fields: Json, seed: int) -> str:
-        rows = [
+    def _upload(self, fields: Json, seed: int, rows: slice) -> str:
+        lines = [
             {
                 "custom_id": f"row-{index}", "method": "POST", "url": REWRITES,
                 "body": {"prompt": prompt, "seed": 1_000_003 * seed + index, **fields},
             }
-            for index, prompt in enumerate(self._design.prompts)
+            for index, prompt in list(enumerate(self._design.prompts))[rows]
         ]  # fmt: skip
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         return str(self._client.upload(content.encode(), "prompts.jsonl")["id"])
 
     def _results(self, batch: Json) -> Json:
@@ -227,9 +230,12 @@ class Arms:
 
     def _sequential(self, seed: int, num_pairs: int) -> str:
         version, stages = self._base, self._design.dimensions
+        first = 0
         for place, dimension in enumerate(stages):
             name = f"seed-{seed}/stage-{place}-{dimension}"
-            batch = self._run_batch(f"{name}-batch", {"mode": "sequential"}, version, seed)
+            rows = slice(first, first + share_of(len(self._design.prompts), place, stages))
+            first = rows.stop
+            batch = self._run_batch(f"{name}-batch", {"mode": "sequential"}, version, seed, rows)
             found = [pair for pair in batch["pairs"] if pair["stage"] == dimension]
             pairs = chosen_pairs(found, min(len(found), share_of(num_pairs, place, stages)), seed)
             if not pairs:
@@ -250,7 +256,8 @@ class Arms:
             content = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
             file = self._client.upload(content.encode(), "pairs.jsonl", "fine-tune")
             body = self._job(str(file["id"]), len(pairs), start, seed, steps)
-            return {"job_id": self._client.post("/v1/fine_tuning/jobs", body)["id"]}
+            job = self._client.post("/v1/fine_tuning/jobs", body)
+            return {"job_id": job["id"], "num_pairs": len(pairs), "num_steps": steps}
 
         job_id = self._cells(f"{name}-job", create)["job_id"]
         return str(self._cells(f"{name}-version", lambda: self._follow(name, job_id))["version"])

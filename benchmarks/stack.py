@@ -41,7 +41,9 @@ def running(profile: str, overrides: Mapping[str, Any] | None = None) -> Iterato
     settings = load_settings(profile, overrides=settings_overrides)
     with StopSignals() as signals, Stack(settings, signals, _say) as stack:
         stack.wait_ready(progress=_say)
-        yield stack
+        # A measurement polls and sleeps; it must end at once, and the stack with it.
+        with signals.raising():
+            yield stack
 
 
 def _prepare(path: str) -> None:

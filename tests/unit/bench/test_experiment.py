@@ -108,6 +108,27 @@ def test_a_stage_samples_the_version_that_the_stage_before_made(
     assert cell(done, "seed-1/answers-sequential")["version"] == version
 
 
+def test_the_stages_divide_the_prompts_so_that_they_cost_as_much_as_one_batch(
+    design: Design, done: Cells
+) -> None:
+    stages = [f"seed-0/stage-{n}-{name}-batch" for n, name in enumerate(design.dimensions)]
+    rows = [list(cell(done, stage)["classes"]) for stage in stages]
+    assert [len(each) for each in rows] == [6, 5, 5]
+    assert [row for each in rows for row in each] == list(
+        cell(done, "seed-0/batch-mora")["classes"]
+    )
+
+
+def test_seeds_can_be_added_to_an_experiment(tmp_path: Path) -> None:
+    out = ["--profile", "fake", "--out", str(tmp_path)]
+    two, three = (
+        experiment._parser().parse_args([*out, "--seeds", *seeds]) for seeds in ("01", "012")
+    )
+    first = experiment.open_cells(two, experiment.make_design(two), {})
+    again = experiment.open_cells(three, experiment.make_design(three), {})
+    assert first.fingerprint == again.fingerprint
+
+
 def test_versions_are_sampled_as_themselves_and_the_base_is_current_again(
     service: FakeService, done: Cells
 ) -> None:
@@ -203,9 +224,9 @@ def test_held_out_prompts_are_never_trained_on(tmp_path: Path) -> None:
         design_of("--prompts", str(path), "--held-out", str(path))
     rows = [{**row, "prompt": f"{row['split']} {row['prompt']}"} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = design_of("--prompts", str(path), "--held-out", str(path), "--scale", "0.25")
-    assert len(found.prompts) == 24
-    assert len(set(found.prompts)) == 24
+    found = design_of("--prompts", str(path), "--held-out", str(path), "--scale", "0.5")
+    assert len(found.prompts) == 18
+    assert len(set(found.prompts)) == 18
     assert all(prompt.startswith("train") for prompt in found.prompts)
     assert all(prompt.startswith("test") for prompt in found.held_out)
     own = design_of()
