@@ -110,6 +110,15 @@ def control_rates(batches: Mapping[int, Mapping[str, Json]]) -> Json:
             kind: sum(each[kind]["rollouts"] for each in batches.values())
             for kind in next(iter(batches.values()))
         },
+        "rewritten_pairs": {
+            kind: _rate(
+                sum(
+                    _is_rewritten(pair) for each in batches.values() for pair in each[kind]["pairs"]
+                ),
+                sum(len(each[kind]["pairs"]) for each in batches.values()),
+            )
+            for kind in next(iter(batches.values()))
+        },
     }
 
 
@@ -142,7 +151,19 @@ def rate_lines(rates: Json) -> list[str]:
         share = "none" if rate["share"] is None else f"{100 * rate['share']:.0f} %"
         lines.append(f"- {label}: {share} ({rate['count']} of {rate['of']})")
     drawn = ", ".join(f"{kind} {count}" for kind, count in rates["rollouts"].items())
-    return [*lines, f"- rollouts, all seeds: {drawn}", ""]
+    pairs = ", ".join(
+        f"{kind} {rate['count']} of {rate['of']}" for kind, rate in rates["rewritten_pairs"].items()
+    )
+    return [
+        *lines,
+        f"- rollouts, all seeds: {drawn}",
+        f"- pairs on rewritten prompts, all seeds: {pairs}",
+        "",
+    ]
+
+
+def _is_rewritten(pair: Json) -> bool:
+    return pair["provenance"]["strategy"] is not None
 
 
 def _rate(count: int, total: int) -> Json:

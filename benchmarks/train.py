@@ -2,8 +2,9 @@
 
 One process trains the tiny model again and again, in turn on pairs from memory and on the same
 pairs from a batch's stream in a real Redis, into which another process commits them through the
-ledger while they are read, a few steps ahead of the trainer. Each round has both, in alternating
-order.
+ledger while they are read, a few steps ahead of the trainer. It commits them at the same pace while
+the trainer reads from memory, so that the machine is equally busy and what differs is the reading.
+Each round has both, in alternating order.
 Printed: the median over rounds of the ratio of mean step times (stream over memory) with its 95 %
 bootstrap interval over rounds, and the time spent waiting for data. A run's mean and not its median
 stands for it, since one read of the stream brings the rows of several steps.
@@ -217,16 +218,15 @@ def measure(settings: Settings, rounds: int, steps: int, *, lora: bool) -> list[
 def train(source: str, settings: Settings, session: Any, steps: int, *, lora: bool) -> Run:
     """One run on pairs from memory or from a batch that is being fed."""
     from trainer.feeds import BatchFeed
-    from trainer.source import ListFeed
+    from trainer.source import Feed, ListFeed
 
     num_pairs = steps * BATCH_SIZE
     expected = [row_hash(pair(number)) for number in range(num_pairs)]
-    if source == "memory":
-        run = _train(source, ListFeed([pair(n) for n in range(num_pairs)]), None, settings, lora)
-    else:
-        with feeding(settings, num_pairs) as (batch_id, feeder):
-            live = BatchFeed(session, session.stores.pairs, batch_id)
-            run = _train(source, live, feeder, settings, lora)
+    with feeding(settings, num_pairs) as (batch_id, feeder):
+        live: Feed = BatchFeed(session, session.stores.pairs, batch_id)
+        if source == "memory":
+            live = ListFeed([pair(number) for number in range(num_pairs)])
+        run = _train(source, live, feeder, settings, lora)
     run.expected = expected
     return run
 

@@ -137,9 +137,8 @@ class PairSource:
 
     def _pass(self, after: int) -> Iterator[Row]:
         """All rows behind ``after``, until the feed is finished."""
+        finished = False
         while True:
-            # Asked before reading: rows may be appended, and the feed finish, between the two.
-            finished = self.feed.is_finished()
             page = self.feed.read(after, self.page)
             for row in page:
                 if int(row["seq"]) != after + 1:
@@ -149,7 +148,10 @@ class PairSource:
             if not page:
                 if finished:
                     return
-                self._await_rows(after)
+                # Read once more when finished: rows may have been appended before it was asked.
+                finished = self.feed.is_finished()
+                if not finished:
+                    self._await_rows(after)
 
     def _await_rows(self, after: int) -> None:
         """Return when a row behind ``after`` can be read or the feed is finished."""

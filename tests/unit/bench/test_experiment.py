@@ -194,7 +194,10 @@ def test_the_table_has_every_arm_with_both_scorers_the_rates_and_the_papers_figu
 
 def test_classes_of_two_seeds_are_a_retest() -> None:
     def batch(**classes: str) -> dict[str, Any]:
-        return {"classes": classes, "confirmed": 10, "accepted": 1, "rollouts": 5}
+        pairs = [{"provenance": {"strategy": strategy}} for strategy in (None, "compose")]
+        return {
+            "classes": classes, "confirmed": 10, "accepted": 1, "rollouts": 5, "pairs": pairs
+        }  # fmt: skip
 
     rates = control_rates(
         {
@@ -205,6 +208,7 @@ def test_classes_of_two_seeds_are_a_retest() -> None:
     assert rates["class_agreement"] == {"count": 1, "of": 2, "share": 0.5}
     assert rates["decided_twice"]["count"] == 2
     assert rates["null_acceptance"]["share"] == 0.1
+    assert rates["rewritten_pairs"]["mora"] == {"count": 2, "of": 4, "share": 0.5}
 
 
 def test_held_out_prompts_are_never_trained_on(tmp_path: Path) -> None:
