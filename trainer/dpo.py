@@ -8,6 +8,7 @@ Ray nor the stores: progress leaves through :class:`RunHooks`.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from datasets import IterableDataset
+from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import (
@@ -30,6 +32,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
+from mora_serve.errors import InvalidRequestError
 from trainer.job import TrainingJob
 from trainer.run_state import RunState
 from trainer.source import Margins, ResumableRows, Row
@@ -99,12 +102,20 @@ def load_policy(
 
 
 def prompt_fits(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Row], bool]:
-    """A filter for rows whose prompt leaves room for an answer within ``max_length`` tokens."""
+    """A filter for rows whose prompt leaves room for an answer within ``max_length`` tokens.
+
+    Rows whose turns break the chat template (its rules on roles and their order) are refused too.
+    """
 
     def accept(row: Row) -> bool:
-        ids = tokenizer.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
+        try:
+            ids = tokenizer.apply_chat_template(
+                row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+            for side in ("chosen", "rejected"):
+                tokenizer.apply_chat_template([*row["prompt"], *row[side]], tokenize=False)
+        except TemplateError:
+            return False
         return len(ids) < max_length
 
     return accept
@@ -132,6 +143,8 @@ def build_config(job: TrainingJob, output_dir: Path, *, use_gpu: bool) -> DPOCon
         # Recomputing activations saves memory that short pairs do not need.
         gradient_checkpointing=use_gpu,
         logging_steps=1,
+        # Otherwise a loss that is not a number is logged as 0.
+        logging_nan_inf_filter=False,
         save_steps=job.checkpoint_steps,
         save_total_limit=1,
         ignore_data_skip=True,
@@ -238,8 +251,13 @@ class StreamingDPOTrainer(DPOTrainer):  # type: ignore[misc]
         return dict(batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to the metrics of a step what its pairs teach, over all ranks: ``margins/<k>``."""
+        """Adds to the metrics of a step what its pairs teach, over all ranks: ``margins/<k>``.
+
+        Raises :class:`~mora_serve.errors.InvalidRequestError` for a step whose loss or gradient is
+        not finite: its weights are lost, and must become neither a checkpoint nor a version.
+        """
         if "loss" in logs:
+            require_finite(logs, self.state.global_step)
             counted = self.accelerator.reduce(self._step.tensor(self.accelerator.device), "sum")
             step = StepCounts.of(counted.tolist())
             self._step = StepCounts.zero(len(self.dimensions))
@@ -252,6 +270,19 @@ class StreamingDPOTrainer(DPOTrainer):  # type: ignore[misc]
         waited_s = self.rows.source.counts.waited_s
         step = self.state.global_step
         return RunState(self.rows.position, self.trained_tokens, step, waited_s, done)
+
+
+def require_finite(logs: Mapping[str, Any], step: int) -> None:
+    """Raise for the metrics of a step after which there is no policy any more."""
+    for name in ("loss", "grad_norm"):
+        value = logs.get(name)
+        if value is not None and not math.isfinite(value):
+            raise InvalidRequestError(
+                f"method.dpo.hyperparameters.learning_rate_multiplier must keep the run finite, "
+                f"got {name} {value} in step {step}; take a smaller one",
+                "method.dpo.hyperparameters.learning_rate_multiplier",
+                "diverged",
+            )
 
 
 class _HookCallback(TrainerCallback):  # type: ignore[misc]

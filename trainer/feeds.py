@@ -89,18 +89,30 @@ async def read_training_file(stores: Stores, file_id: str) -> list[dict[str, Any
 def parse_rows(data: bytes) -> list[dict[str, Any]]:
     """Rows of a Parquet or JSONL file; OpenAI's preference lines are understood as well."""
     if data.startswith(b"PAR1"):
-        from pyarrow import parquet
-
-        rows = parquet.read_table(io.BytesIO(data)).to_pylist()
-        return [_checked(row, number) for number, row in enumerate(rows, 1)]
+        return [_checked(row, number) for number, row in enumerate(_parquet_rows(data), 1)]
     lines = enumerate(data.splitlines(), 1)
     return [_checked(_parse(line, number), number) for number, line in lines if line.strip()]
+
+
+def _parquet_rows(data: bytes) -> list[dict[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(io.BytesIO(data)).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise InvalidRequestError(
+            f"training_file must be a whole Parquet file, got one that cannot be read "
+            f"({type(error).__name__})",
+            "training_file",
+            "invalid_training_file",
+        ) from None
+    return rows
 
 
 def _parse(line: bytes, number: int) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _bad(number, "must be JSON") from None
 
 
@@ -108,9 +120,10 @@ def _checked(row: Any, number: int) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise _bad(number, "must be an object")
     if "preferred_output" in row:
+        source = row.get("input")
         row = {
             **row,
-            "prompt": (row.get("input") or {}).get("messages"),
+            "prompt": source.get("messages") if isinstance(source, dict) else None,
             "chosen": row["preferred_output"],
             "rejected": row.get("non_preferred_output"),
         }
@@ -118,6 +131,8 @@ def _checked(row: Any, number: int) -> dict[str, Any]:
         turns = row.get(name)
         if not isinstance(turns, list) or not turns or not all(map(_is_message, turns)):
             raise _bad(number, f"must have a non-empty message list {name}")
+        if not all(_is_encodable(turn["role"] + turn["content"]) for turn in turns):
+            raise _bad(number, f"must have valid Unicode text in {name}")
     return dict(row)
 
 
@@ -127,6 +142,15 @@ def _is_message(turn: Any) -> bool:
         and isinstance(turn.get("role"), str)
         and isinstance(turn.get("content"), str)
     )
+
+
+def _is_encodable(text: str) -> bool:
+    """JSON may spell out halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _bad(number: int, rule: str) -> InvalidRequestError:

@@ -107,6 +107,18 @@ class JobControl:
         self.session.call(jobs.add_checkpoint(self.job.id, record))
         self.session.call(jobs.update_job(self.job.id, trained_tokens=trained_tokens))
 
+    def tell_skipped(self, num_pairs: int) -> None:
+        """Say how many pairs the run could not use; nothing when it used them all."""
+        if self.rank != 0 or not num_pairs:
+            return
+        event = {
+            "id": f"ftevent-{self.job.run_name}-skipped",
+            "level": "warn",
+            "message": f"{num_pairs} pairs were skipped: their prompts leave no room for an answer "
+            f"within {self.job.max_length} tokens, or their turns break the chat template",
+        }
+        self.session.call(self.session.stores.jobs.add_event(self.job.id, event))
+
     def _add_metrics_event(self, step: int, report: Mapping[str, Any]) -> None:
         data = {**report, "train_loss": report.get("loss")}
         event = {
@@ -178,6 +190,7 @@ def _train(
         resume_from=resume_from,
         dimensions=settings.dimensions,
     )
+    control.tell_skipped(source.counts.skipped)
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from safetensors.torch import load_file
 
 from mora_serve.config import TrainerSettings
 from mora_serve.dpo_loss import SMOOTHED, LossType
+from mora_serve.errors import InvalidRequestError
 from trainer.dpo import load_policy, load_tokenizer, prompt_fits, run_dpo
 from trainer.job import TrainingJob, read_job
 from trainer.run_state import RunState
@@ -144,6 +147,19 @@ def test_prompts_that_fill_the_context_are_no_rows(model_dir: str, tmp_path: Pat
     assert hooks.checkpoints == []
 
 
+def test_a_conversation_that_breaks_the_chat_template_is_no_row(model_dir: str) -> None:
+    tokenizer = load_tokenizer(model_dir)
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{% if turn.role == 'tool' %}{{ raise_exception('no tools') }}"
+        "{% endif %}{{ turn.content }}{% endfor %}"
+    )
+    accept = prompt_fits(tokenizer, 96)
+    answer = [{"role": "tool", "content": "ok"}]
+    assert accept(pair(0))
+    assert not accept({**pair(0), "prompt": answer})
+    assert not accept({**pair(0), "rejected": answer})
+
+
 def test_a_full_run_trains_the_weights_themselves(model_dir: str, tmp_path: Path) -> None:
     hooks = Recorder(tmp_path / "kept")
     train(model_dir, tmp_path / "out", job(lora=False, max_steps=3, checkpoint_steps=3), hooks)
@@ -161,6 +177,20 @@ def test_a_step_tells_what_its_pairs_teach_on_each_dimension(
     assert hooks.metrics[1]["margins/harmless"] == pytest.approx(0.5 - 0.25 * 1.5)
     assert hooks.metrics[2]["margins/harmless"] == pytest.approx(0.5 - 0.25 * 5.5)
     assert "margins/truthful" not in hooks.metrics[1]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_run_that_diverges_ends_with_the_reason_and_keeps_no_broken_weights(
+    model_dir: str, tmp_path: Path, lora: bool
+) -> None:
+    run = replace(job(lora=lora, max_steps=5, checkpoint_steps=1), learning_rate=1e12)
+    hooks = Recorder(tmp_path / "kept")
+    with pytest.raises(InvalidRequestError, match="must keep the run finite") as caught:
+        train(model_dir, tmp_path / "out", run, hooks)
+    assert caught.value.code == "diverged"
+    assert 0.0 not in hooks.losses.values()
+    for kept in (tmp_path / "kept").rglob("*model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(kept).values())
 
 
 @pytest.mark.parametrize("name", get_args(LossType))

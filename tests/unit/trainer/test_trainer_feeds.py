@@ -48,11 +48,21 @@ def test_openai_preference_lines_are_understood() -> None:
         json.dumps({**ROW, "chosen": []}).encode(),
         json.dumps({**ROW, "rejected": "text"}).encode(),
         json.dumps({"prompt": TURN, "chosen": TURN}).encode(),
+        json.dumps({"preferred_output": TURN, "non_preferred_output": TURN, "input": "q"}).encode(),
+        json.dumps({"preferred_output": TURN, "non_preferred_output": TURN, "input": [1]}).encode(),
+        json.dumps({**ROW, "chosen": [{"role": "assistant", "content": "\ud800"}]}).encode(),
+        b"[" * 100_000,
     ],
 )
 def test_an_unusable_line_is_named_by_its_number(line: bytes) -> None:
     with pytest.raises(InvalidRequestError, match="line 2"):
         parse_rows(json.dumps(ROW).encode() + b"\n" + line)
+
+
+def test_a_table_that_is_cut_short_is_the_files_fault() -> None:
+    with pytest.raises(InvalidRequestError, match="whole Parquet file") as caught:
+        parse_rows(b"PAR1 and no more")
+    assert caught.value.param == "training_file"
 
 
 def test_session_returns_results_and_raises_errors() -> None:
