@@ -99,6 +99,9 @@ class TrainerLauncher:
         """
         job_id = str(job["id"])
         if job.get("started"):
+            if self._is_spent(job):
+                await self._fail(job_id, "vanished with its launcher")
+                return
             await self._count_restart(job)
         while not self._stopping.is_set():
             await self._jobs.update_job(job_id, started=True)
@@ -107,11 +110,10 @@ class TrainerLauncher:
             if current["status"] in TERMINAL:
                 return
             if status is None:
-                await self._jobs.update_job(job_id, started=False)
-                await self._jobs.heartbeat_job(job_id, self._worker, RELEASE_TTL_S)
+                await self._hand_back(job_id)
                 return
-            if int(current.get("restarts") or 0) >= self._settings.trainer.max_restarts:
-                await self._fail(job_id, status)
+            if self._is_spent(current):
+                await self._fail(job_id, f"ended with status {status}")
                 return
             await self._count_restart(current)
             await self._pause(self._poll_s)
@@ -125,7 +127,9 @@ class TrainerLauncher:
                 if (status := child.poll()) is not None:
                     return status
                 if not await self._holds(job_id):
-                    await self._wait_for_end(child)
+                    if (await self._jobs.get_job(job_id))["status"] in TERMINAL:
+                        await self._wait_for_end(child)
+                    # Otherwise another launcher has the job, whose trainer must be the only one.
                     return None
                 await self._pause(min(self._poll_s, self._ttl_s / 3))
             return None
@@ -139,6 +143,12 @@ class TrainerLauncher:
         except StorageError as error:
             logger.warning("job %s: lease not renewed: %s", job_id, error)
             return True
+
+    async def _hand_back(self, job_id: str) -> None:
+        """Let another launcher have the job; of one that another has already nothing is ours."""
+        if await self._holds(job_id):
+            await self._jobs.update_job(job_id, started=False)
+            await self._jobs.heartbeat_job(job_id, self._worker, RELEASE_TTL_S)
 
     async def _wait_for_end(self, child: Child) -> None:
         for _ in range(int(self._cancel_grace_s / self._poll_s)):
@@ -171,9 +181,12 @@ class TrainerLauncher:
         message = f"Trainer started again, {number} of {self._settings.trainer.max_restarts}"
         await self._jobs.add_event(str(job["id"]), {"level": "warn", "message": message})
 
-    async def _fail(self, job_id: str, status: int) -> None:
+    def _is_spent(self, job: Mapping[str, Any]) -> bool:
+        return int(job.get("restarts") or 0) >= self._settings.trainer.max_restarts
+
+    async def _fail(self, job_id: str, what: str) -> None:
         message = (
-            f"the trainer ended with status {status} and its restarts are used up; "
+            f"the trainer {what} and its restarts are used up; "
             f"see logs/train-{job_id}.log in the data directory"
         )
         await cancel_stage_batches(self._batches, await self._jobs.get_job(job_id))

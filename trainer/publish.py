@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_serve.store import Stores
-from trainer.job import TrainingJob
+from trainer.job import TERMINAL, TrainingJob
 from trainer.run_state import RunState
 
 METRIC_COLUMNS = (
@@ -54,18 +54,20 @@ async def publish(
 ) -> dict[str, Any]:
     """Publish the version of a job that is one run, and end the job; returns the job."""
     state = RunState.load(checkpoint)
-    await publish_version(stores, job, checkpoint, step=state.step, data_dir=data_dir)
+    if not await publish_version(stores, job, checkpoint, step=state.step, data_dir=data_dir):
+        return await stores.jobs.get_job(job.id)
     return await finish(stores, job, trained_tokens=state.trained_tokens)
 
 
 async def publish_version(
     stores: Stores, job: TrainingJob, checkpoint: Path, *, step: int, data_dir: Path
-) -> None:
-    """Store the policy's files and make them a version.
+) -> bool:
+    """Store the policy's files and make them a version; returns whether there is one.
 
     The version's ``uri`` is a directory: the blob store's own when that is local, otherwise one
     under ``data_dir`` (absolute), which generators must be able to read. ``step`` is the last one
-    of the run: its checkpoint gets the version's name.
+    of the run: its checkpoint gets the version's name. A job that was cancelled while the files
+    were stored gets no version.
     """
     files = policy_files(checkpoint, lora=job.lora)
     prefix = f"policies/{job.policy_id}"
@@ -84,11 +86,14 @@ async def publish_version(
     }
     known = {policy["id"]: policy for policy in await stores.jobs.list_policies()}
     version["created"] = known.get(job.policy_id, version)["created"]
+    if (await stores.jobs.get_job(job.id))["status"] in TERMINAL:
+        return False
     await stores.jobs.publish_policy(version, make_current=job.make_current)
     await _name_checkpoint(stores, job, job.first_step + step)
     message = f"Published policy version {job.policy_id}"
     event = {"id": f"ftevent-{job.run_name}-published", "message": message}
     await stores.jobs.add_event(job.id, event)
+    return True
 
 
 async def finish(stores: Stores, job: TrainingJob, *, trained_tokens: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from mora_serve.errors import InvalidRequestError, OverloadedError
 from mora_serve.identity import content_hash
-from mora_serve.policies import LEFT_OUT, RUNNING, SUCCEEDED, activate
+from mora_serve.policies import LEFT_OUT, RUNNING, SUCCEEDED, activate, cancel_stage_batches
 from mora_serve.requests import REWRITES_URL
 from trainer.feeds import StoreSession
 from trainer.job import TERMINAL, TrainingJob
@@ -108,6 +108,8 @@ class StagedRun:
                 call(activate(self._stores.jobs, stage["model"], self._base))
             return stage
         model = self._job.model if last is self._job else last.policy_id
+        if self.is_over():
+            return None
         call(activate(self._stores.jobs, model, self._base))
         batch_id = self._create_batch(number, model)
         if batch_id is None:
@@ -123,6 +125,10 @@ class StagedRun:
             f"{model}",
         )  # fmt: skip
         call(self._stores.jobs.update_job(self._job.id, stages=[*known, stage]))
+        if self.is_over():
+            # Whoever ended the job meanwhile did not know of this stage's batch.
+            call(cancel_stage_batches(self._stores.batches, self._stored()))
+            return None
         return stage
 
     def _is_published(self, number: int) -> bool:
@@ -171,12 +177,14 @@ class StagedRun:
             # Its rows name a version that may stop being served when the next one is published.
             self._session.call(self._stores.batches.cancel_batch(stage["batch_id"]))
         state = RunState.load(checkpoint)
-        self._session.call(
+        is_published = self._session.call(
             publish_version(
                 self._stores, run, checkpoint,
                 step=state.step, data_dir=self._data_dir,
             )
         )  # fmt: skip
+        if not is_published:
+            return stage
         done = {
             "version": run.policy_id, "steps": state.step, "status": SUCCEEDED,
             "trained_tokens": run.earlier_tokens + state.trained_tokens,
@@ -223,7 +231,8 @@ def train_on(session: StoreSession, run: TrainingJob, train: Train) -> Path | No
 def no_pairs() -> InvalidRequestError:
     """The error of a job without data."""
     return InvalidRequestError(
-        "training_file must yield at least one pair that fits max_length, got none",
+        "training_file must yield at least one pair that fits max_length and the chat template, "
+        "got none",
         "training_file",
         "no_pairs",
     )

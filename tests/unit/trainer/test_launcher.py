@@ -34,6 +34,7 @@ async def launched(
     config: Settings,
     address: str | None = None,
     batches: BatchStore | None = None,
+    cancel_grace_s: float = 0.1,
 ) -> AsyncIterator[TrainerLauncher]:
     """A running launcher whose trainers execute ``code`` with the job's id as ``sys.argv[1]``."""
     launcher = TrainerLauncher(
@@ -43,7 +44,7 @@ async def launched(
         command=(sys.executable, "-c", code),
         ray_address=lambda: address,
         poll_interval_s=0.02,
-        cancel_grace_s=0.1,
+        cancel_grace_s=cancel_grace_s,
     )
     running = asyncio.create_task(launcher.run())
     try:
@@ -105,8 +106,29 @@ async def test_the_restart_budget_outlives_the_launcher(tmp_path: Path) -> None:
     await jobs.create_job({**JOB, "started": True, "restarts": 2})
     code = "print('started', flush=True); raise SystemExit(3)"
     async with launched(jobs, code, settings(tmp_path)):
-        await job_reaches(jobs, "failed")
-    assert starts(tmp_path) <= 1
+        job = await job_reaches(jobs, "failed")
+    assert starts(tmp_path) == 0
+    assert "vanished" in job["error"]["message"]
+
+
+async def test_a_launcher_that_lost_its_job_ends_its_trainer_and_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    now = [0.0]
+    jobs = MemoryJobs(clock=lambda: now[0])
+    await jobs.create_job(JOB)
+    pid_file = tmp_path / "pid"
+    code = f"import os; open({str(pid_file)!r}, 'w').write(str(os.getpid())); {ENDLESS}"
+    async with launched(jobs, code, settings(tmp_path), cancel_grace_s=600.0):
+        await until(lambda: pid_file.exists() and pid_file.read_text())
+        now[0] += 1000.0
+        taken = await jobs.claim_job("another", 1000.0)
+        assert taken is not None
+        pid = int(pid_file.read_text())
+        await until(lambda: not _alive(pid))
+    job = await jobs.get_job("ftjob-1")
+    assert (job["started"], job.get("restarts")) == (True, None)
+    assert await jobs.heartbeat_job("ftjob-1", "another", 30.0)
 
 
 async def test_cancelling_ends_the_trainer(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from mora_serve.config import TrainerSettings
 from mora_serve.errors import InvalidRequestError
+from mora_serve.policies import activate, cancel_stage_batches
 from mora_serve.ports import RowCommit
 from mora_serve.store import Stores
 from trainer.feeds import StoreSession
@@ -149,7 +150,8 @@ def everything(stores: Stores) -> dict[str, Any]:
         batches, _ = await stores.batches.list_batches(after=None, limit=100)
         names = {batch["id"]: f"batch-{place}" for place, batch in enumerate(batches[::-1], 1)}
         job = await stores.jobs.get_job(JOB.id)
-        job["stages"] = [{**s, "batch_id": names[s["batch_id"]]} for s in job["stages"]]
+        begun = job.get("stages") or []
+        job["stages"] = [{**s, "batch_id": names[s["batch_id"]]} for s in begun]
         events, _ = await stores.jobs.list_events(JOB.id, after=None, limit=100)
         checkpoints, _ = await stores.jobs.list_checkpoints(JOB.id, after=None, limit=100)
         return {
@@ -295,3 +297,39 @@ def test_a_cancelled_job_begins_no_further_stage(stores: Stores, tmp_path: Path)
     assert job["status"] == "cancelled"
     assert [stage["status"] for stage in job["stages"]] == ["succeeded", "running"]
     assert everything(stores)["current"][0] == "policy-9-stage-1"
+
+
+class Cancelling(Life):
+    """Cancels the job, as the gateway does, before the effect at which a life would end."""
+
+    def __init__(self, left: int, stores: Stores) -> None:
+        super().__init__(left)
+        self._stores = stores
+
+    def spend(self) -> None:
+        if self.left == 0:
+            with StoreSession(self._stores) as session:
+                job = session.call(self._stores.jobs.cancel_job(JOB.id))
+                session.call(cancel_stage_batches(self._stores.batches, job))
+            self.left = None
+        super().spend()
+
+
+def test_a_job_that_is_cancelled_between_any_two_steps_leaves_no_batch_at_work(
+    tmp_path: Path,
+) -> None:
+    for left in lives():
+        found = Stores.memory()
+        with StoreSession(found) as session:
+            session.call(prepare(found))
+            session.call(activate(found.jobs, "base", "base"))
+        trainer = Trainer(found, tmp_path, life=Cancelling(left, found))
+        job = run(found, trainer)
+        if job["status"] == "succeeded":
+            assert left > 60, "an unbroken run has more steps than were tried"
+            return
+        left_behind = everything(found)
+        working = [batch for batch in left_behind["batches"] if batch[1] != "cancelling"]
+        assert not working, f"cancelled after {left} effects"
+        assert len(left_behind["batches"]) <= len(trainer.runs) + 1
+    raise AssertionError("the run has more steps than were tried")

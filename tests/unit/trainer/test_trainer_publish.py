@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,36 @@ async def test_a_version_can_be_published_without_becoming_current(checkpoint: P
     await stores.jobs.publish_policy({"id": "base", "kind": "base", "uri": None}, make_current=True)
     job = read_job({**STORED, "mora": {"make_current": False}}, TrainerSettings())
     await published(stores, job, checkpoint)
+    assert (await stores.jobs.current_policy())[0] == "base"
+
+
+class CancelledUnderWay:
+    """A blob store under whose first write the job is cancelled."""
+
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stores.blobs, name)
+
+    async def put(self, key: str, data: bytes) -> None:
+        await self._stores.jobs.cancel_job("ftjob-77")
+        await self._stores.blobs.put(key, data)
+
+
+async def test_a_job_that_is_cancelled_while_its_files_are_stored_publishes_nothing(
+    job: TrainingJob, checkpoint: Path
+) -> None:
+    stores = Stores.memory()
+    await stores.jobs.publish_policy({"id": "base", "kind": "base", "uri": None}, make_current=True)
+    watched: Any = CancelledUnderWay(stores)
+    done = await published(replace(stores, blobs=watched), job, checkpoint)
+    assert (done["status"], done["fine_tuned_model"], done["result_files"]) == (
+        "cancelled",
+        None,
+        [],
+    )
+    assert [version["id"] for version in await stores.jobs.list_policies()] == ["base"]
     assert (await stores.jobs.current_policy())[0] == "base"
 
 
