@@ -130,112 +130,124 @@ DURATION: Schema = {"type": "string", "pattern": "^[0-9]+(ms|s|m)$"}
 MONITOR = section(enabled=FLAG, interval=DURATION, labels=STRINGS)
 
 
+GENERAL: Schema = {
+    "nameOverride": NAME,
+    "fullnameOverride": NAME,
+    "profile": choice(*PROFILES),
+    "config": {"$ref": "#/$defs/Settings"},
+    "calibrator": section(existingConfigMap=NAME, key=KEY),
+    "image": section(**IMAGE, pullPolicy=PULL_POLICY, pullSecrets={"type": "array", "items": NAME}),
+    "secrets": section(
+        apiKeys=section(existingSecret=NAME, key=KEY, clientKey=KEY),
+        huggingFace=section(existingSecret=NAME, key=KEY),
+        s3=section(existingSecret=NAME, accessKeyIdKey=KEY, secretAccessKeyKey=KEY),
+    ),
+}
+"""What is installed, and with which secrets."""
+CLUSTER: Schema = {
+    "ray": section(
+        version={"type": "string", "pattern": r"^[0-9]+\.[0-9]+\.[0-9]+$"},
+        autoscaling=FLAG,
+        # In an incremental upgrade KubeRay ignores `serveService`, which all else leads to.
+        upgradeStrategy=choice("NewCluster", "None"),
+        authMode=choice("disabled", "token"),
+        haproxy=FLAG,
+        deletionDelaySeconds=whole(),
+        autoscaler=section(resources=RESOURCES),
+    ),
+    "head": section(**POD),
+    "workerGroups": section(
+        **{name: {"$ref": "#/$defs/group"} for name in ("gateway", "generator", "scorers")},
+        trainer={"$ref": "#/$defs/trainers"},
+    ),
+    "gpuResource": {"type": "string", "minLength": 1},
+    "extraEnv": {"type": "array", "items": {"$ref": "#/$defs/variable"}},
+    "tmpSizeLimit": QUANTITY,
+    "terminationGracePeriodSeconds": whole(1),
+    "preStopSleepSeconds": whole(),
+    "probes": section(startup=PROBE, readiness=PROBE, liveness=PROBE),
+    "podSecurityContext": ANY_OBJECT,
+    "serviceAccount": section(create=FLAG, name=NAME, annotations=STRINGS),
+}
+"""Head, worker groups and what their pods have in common."""
+STORAGE: Schema = {
+    "data": section(**VOLUME),
+    "blobs": section(
+        s3=section(url={"type": "string", "pattern": "^(s3://.+)?$"}, endpoint=TEXT, region=TEXT)
+    ),
+    "modelCache": section(
+        type=choice("pvc", "hostPath", "ephemeral"),
+        hostPath={"type": "string", "pattern": "^/"},
+        **VOLUME,
+    ),
+    "valkey": section(
+        enabled=FLAG,
+        image=section(**IMAGE, pullPolicy=PULL_POLICY),
+        auth=section(enabled=FLAG, existingSecret=NAME, key=KEY),
+        persistence=DISK,
+        **STORE,
+    ),
+    "externalRedis": section(existingSecret=NAME, key=KEY),
+    "gcsFaultTolerance": section(
+        enabled=FLAG,
+        external=section(
+            address={"type": "string", "pattern": "^(rediss?://.+)?$"},
+            existingSecret=NAME,
+            key=KEY,
+        ),
+        persistence=DISK,
+        **STORE,
+    ),
+}
+"""Where data, weights and state are kept."""
+NETWORK: Schema = {
+    "service": section(
+        type=choice("ClusterIP", "NodePort", "LoadBalancer"),
+        port=whole(1024, 65535),
+        annotations=STRINGS,
+        labels=STRINGS,
+    ),
+    "ingress": section(
+        enabled=FLAG,
+        className=TEXT,
+        annotations=STRINGS,
+        hosts={"type": "array", "items": HOST},
+        tls=OBJECTS,
+    ),
+    "httpRoute": section(
+        enabled=FLAG,
+        parentRefs=OBJECTS,
+        hostnames={"type": "array", "items": TEXT},
+        annotations=STRINGS,
+    ),
+    "networkPolicy": section(
+        enabled=FLAG,
+        operatorNamespaceSelector=ANY_OBJECT,
+        operatorPodSelector=ANY_OBJECT,
+        clients=OBJECTS,
+        monitoring=OBJECTS,
+    ),
+}
+"""How the gateway is reached, and by whom."""
+OPERATIONS: Schema = dict(
+    monitoring=section(
+        serviceMonitor=MONITOR,
+        podMonitor=MONITOR,
+        prometheusRule=section(enabled=FLAG, labels=STRINGS),
+        grafanaDashboard=section(enabled=FLAG, labels=STRINGS, annotations=STRINGS),
+    ),
+    priorityClasses=section(create=FLAG, serving=CLASS, training=CLASS),
+    kueue=section(queueName=NAME, priorityClass=NAME),
+    test=section(prompt={"type": "string", "minLength": 1}, timeoutSeconds=whole(1)),
+    extraObjects=OBJECTS,
+    **{"global": ANY_OBJECT},
+)
+"""What watches the cluster and shares it out."""
+
+
 def values_schema() -> Schema:
     """The whole file."""
-    root = section(
-        nameOverride=NAME,
-        fullnameOverride=NAME,
-        profile=choice(*PROFILES),
-        config={"$ref": "#/$defs/Settings"},
-        calibrator=section(existingConfigMap=NAME, key=KEY),
-        image=section(
-            **IMAGE, pullPolicy=PULL_POLICY, pullSecrets={"type": "array", "items": NAME}
-        ),
-        secrets=section(
-            apiKeys=section(existingSecret=NAME, key=KEY, clientKey=KEY),
-            huggingFace=section(existingSecret=NAME, key=KEY),
-            s3=section(existingSecret=NAME, accessKeyIdKey=KEY, secretAccessKeyKey=KEY),
-        ),
-        ray=section(
-            version={"type": "string", "pattern": r"^[0-9]+\.[0-9]+\.[0-9]+$"},
-            autoscaling=FLAG,
-            # In an incremental upgrade KubeRay ignores `serveService`, which all else leads to.
-            upgradeStrategy=choice("NewCluster", "None"),
-            authMode=choice("disabled", "token"),
-            haproxy=FLAG,
-            deletionDelaySeconds=whole(),
-            autoscaler=section(resources=RESOURCES),
-        ),
-        head=section(**POD),
-        workerGroups=section(
-            **{name: {"$ref": "#/$defs/group"} for name in ("gateway", "generator", "scorers")},
-            trainer={"$ref": "#/$defs/trainers"},
-        ),
-        gpuResource={"type": "string", "minLength": 1},
-        extraEnv={"type": "array", "items": {"$ref": "#/$defs/variable"}},
-        tmpSizeLimit=QUANTITY,
-        terminationGracePeriodSeconds=whole(1),
-        preStopSleepSeconds=whole(),
-        probes=section(startup=PROBE, readiness=PROBE, liveness=PROBE),
-        podSecurityContext=ANY_OBJECT,
-        serviceAccount=section(create=FLAG, name=NAME, annotations=STRINGS),
-        data=section(**VOLUME),
-        blobs=section(
-            s3=section(
-                url={"type": "string", "pattern": "^(s3://.+)?$"}, endpoint=TEXT, region=TEXT
-            )
-        ),
-        modelCache=section(
-            type=choice("pvc", "hostPath", "ephemeral"),
-            hostPath={"type": "string", "pattern": "^/"},
-            **VOLUME,
-        ),
-        valkey=section(
-            enabled=FLAG,
-            image=section(**IMAGE, pullPolicy=PULL_POLICY),
-            auth=section(enabled=FLAG, existingSecret=NAME, key=KEY),
-            persistence=DISK,
-            **STORE,
-        ),
-        externalRedis=section(existingSecret=NAME, key=KEY),
-        gcsFaultTolerance=section(
-            enabled=FLAG,
-            external=section(
-                address={"type": "string", "pattern": "^(rediss?://.+)?$"},
-                existingSecret=NAME,
-                key=KEY,
-            ),
-            persistence=DISK,
-            **STORE,
-        ),
-        service=section(
-            type=choice("ClusterIP", "NodePort", "LoadBalancer"),
-            port=whole(1024, 65535),
-            annotations=STRINGS,
-            labels=STRINGS,
-        ),
-        ingress=section(
-            enabled=FLAG,
-            className=TEXT,
-            annotations=STRINGS,
-            hosts={"type": "array", "items": HOST},
-            tls=OBJECTS,
-        ),
-        httpRoute=section(
-            enabled=FLAG,
-            parentRefs=OBJECTS,
-            hostnames={"type": "array", "items": TEXT},
-            annotations=STRINGS,
-        ),
-        networkPolicy=section(
-            enabled=FLAG,
-            operatorNamespaceSelector=ANY_OBJECT,
-            operatorPodSelector=ANY_OBJECT,
-            clients=OBJECTS,
-            monitoring=OBJECTS,
-        ),
-        monitoring=section(
-            serviceMonitor=MONITOR,
-            podMonitor=MONITOR,
-            prometheusRule=section(enabled=FLAG, labels=STRINGS),
-            grafanaDashboard=section(enabled=FLAG, labels=STRINGS, annotations=STRINGS),
-        ),
-        priorityClasses=section(create=FLAG, serving=CLASS, training=CLASS),
-        kueue=section(queueName=NAME, priorityClass=NAME),
-        test=section(prompt={"type": "string", "minLength": 1}, timeoutSeconds=whole(1)),
-        extraObjects=OBJECTS,
-        **{"global": ANY_OBJECT},
-    )
+    root = section(**GENERAL, **CLUSTER, **STORAGE, **NETWORK, **OPERATIONS)
     settings = settings_schema()
     values = yaml.safe_load(TARGET.with_name("values.yaml").read_text("utf-8"))
     return {
