@@ -229,19 +229,19 @@ NETWORK: Schema = {
     ),
 }
 """How the gateway is reached, and by whom."""
-OPERATIONS: Schema = dict(
-    monitoring=section(
+OPERATIONS: Schema = {
+    "monitoring": section(
         serviceMonitor=MONITOR,
         podMonitor=MONITOR,
         prometheusRule=section(enabled=FLAG, labels=STRINGS),
         grafanaDashboard=section(enabled=FLAG, labels=STRINGS, annotations=STRINGS),
     ),
-    priorityClasses=section(create=FLAG, serving=CLASS, training=CLASS),
-    kueue=section(queueName=NAME, priorityClass=NAME),
-    test=section(prompt={"type": "string", "minLength": 1}, timeoutSeconds=whole(1)),
-    extraObjects=OBJECTS,
-    **{"global": ANY_OBJECT},
-)
+    "priorityClasses": section(create=FLAG, serving=CLASS, training=CLASS),
+    "kueue": section(queueName=NAME, priorityClass=NAME),
+    "test": section(prompt={"type": "string", "minLength": 1}, timeoutSeconds=whole(1)),
+    "extraObjects": OBJECTS,
+    "global": ANY_OBJECT,
+}
 """What watches the cluster and shares it out."""
 
 
