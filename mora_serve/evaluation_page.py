@@ -15,6 +15,9 @@ from mora_serve.page import columns, document, section, table
 
 Json = Mapping[str, Any]
 
+CHART_WIDTH = 330
+"""Of a chart that stands beside two others: text keeps its size."""
+
 
 def write_page(found: Json, path: Path) -> None:
     """Write the page of an evaluation to ``path``."""
@@ -63,14 +66,23 @@ def _intervals(found: Json, pick: Any) -> list[svg.Interval]:
 def _rewards(found: Json) -> str:
     names = list(found["versions"][0]["rewards"])
     charts = [
-        svg.interval_chart(_intervals(found, lambda v, k=k: v["rewards"][k]), x_title=f"{k} (z)")
+        f"<p>{escape(k)}</p>"
+        + svg.interval_chart(
+            _intervals(found, lambda v, k=k: v["rewards"][k]), x_title="z", width=CHART_WIDTH
+        )
         for k in names
     ]
-    head = ["dimension", *(version["name"] for version in found["versions"])]
-    rows = [[k, *(interval(version["rewards"][k]) for version in found["versions"])] for k in names]
+    versions = found["versions"]
+    head = ["dimension", *(version["name"] for version in versions)]
+    rows = [[k, *(interval(version["rewards"][k]) for version in versions)] for k in names]
+    rows += [
+        [f"{k}, ceiling", *(interval(version["ceilings"][k]) for version in versions)]
+        for k in versions[0]["ceilings"]
+    ]
     intro = (
-        "<p>Mean calibrated reward over prompts; intervals: 95 %, bootstrap over prompts. "
-        "They overlap more than differences do, since all versions answer the same prompts.</p>"
+        "<p>Mean calibrated reward over prompts, and the mean ceiling at equal numbers of scores; "
+        "intervals: 95 %, bootstrap over prompts. They overlap more than differences do, since all "
+        "versions answer the same prompts.</p>"
     )
     return section("Rewards", intro, columns(*charts) + table(head, rows))
 
@@ -100,7 +112,7 @@ def _changes(item: Json, percent_missing: str | None) -> str:
     )
     chart = svg.interval_chart(bars, x_title="change of mean reward (z)") if bars else ""
     title = f"{item['name']} against {item['first']}"
-    return section(escape(title), intro, columns(chart) + table(head, rows))
+    return section(title, intro, columns(chart) + table(head, rows))
 
 
 def _lengths(found: Json) -> str:

@@ -6,11 +6,14 @@ escaped, except what is named markup.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
 
 STYLE = "report.css"
+FIGURE = re.compile(r"[+-]?\d+(\.\d+)?( %)?( \([^()]*\))?")
+"""A number, a share, or either with its interval: ``+0.12 (+0.03 … +0.21)``."""
 
 
 def document(title: str, sections: Sequence[str]) -> str:
@@ -49,4 +52,4 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, wide: bool = Fa
 
 
 def _align(cell: str) -> str:
-    return " class='n'" if cell and cell.lstrip("+-").replace(".", "", 1).isdigit() else ""
+    return " class='n'" if FIGURE.fullmatch(cell) else ""

@@ -15,6 +15,10 @@ from html import escape
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 46, 14, 12, 40
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 RADIUS = 4.0
+LABEL_CHARS = 24
+"""Longest label of a row: ids of versions are twice as long, and tell by both of their ends."""
+TICK_WIDTH = 36
+"""Room that the number at a tick needs."""
 MUTED = -1
 """Series in the quiet colour."""
 BACKDROP = -2
@@ -125,7 +129,7 @@ def line_chart(
 
 def bar_chart(bars: Sequence[tuple[str, float, int]], *, width: int = 480) -> str:
     """Horizontal bars ``(name, count, series)`` with their counts."""
-    left, row, top = _label_width([name for name, _, _ in bars]), 26, 4
+    left, row, top = _label_width([shortened(name) for name, _, _ in bars]), 26, 4
     height = top + row * len(bars) + 4
     largest = max((count for _, count, _ in bars), default=0.0) or 1.0
     room = width - left - 44
@@ -134,8 +138,7 @@ def bar_chart(bars: Sequence[tuple[str, float, int]], *, width: int = 480) -> st
         middle = top + row * index + row / 2
         length = room * count / largest
         body += [
-            f'<text class="tick" x="{left - 8}" y="{_n(middle + 4)}" text-anchor="end">'
-            f"{escape(name)}</text>",
+            _row_label(name, left, middle),
             f'<rect class="bar {_series(series)}" x="{left}" y="{_n(middle - 8)}" rx="2" '
             f'width="{_n(max(length, 1.0))}" height="16">'
             f"<title>{escape(name)}: {count:g}</title></rect>",
@@ -147,7 +150,7 @@ def bar_chart(bars: Sequence[tuple[str, float, int]], *, width: int = 480) -> st
 
 def interval_chart(rows: Sequence[Interval], *, x_title: str, width: int = 480) -> str:
     """Estimates with intervals, one row each, around a line at zero."""
-    left, row = _label_width([r.name for r in rows]), 30
+    left, row = _label_width([shortened(r.name) for r in rows]), 30
     bottom = MARGIN_TOP + row * max(len(rows), 1)
     values = [v for r in rows for v in (r.low, r.high)]
     x = _axis([*values, 0.0], left, width - MARGIN_RIGHT - 20)
@@ -157,8 +160,7 @@ def interval_chart(rows: Sequence[Interval], *, x_title: str, width: int = 480) 
         middle = MARGIN_TOP + row * index + row / 2
         tip = f"{item.name}: {item.value:+.3f} ({item.low:+.3f} to {item.high:+.3f})"
         body += [
-            f'<text class="tick" x="{left - 8}" y="{_n(middle + 4)}" text-anchor="end">'
-            f"{escape(item.name)}</text>",
+            _row_label(item.name, left, middle),
             _line(
                 x.at(item.low), middle, x.at(item.high), middle, f"whisker {_series(item.series)}"
             ),
@@ -186,6 +188,22 @@ def marker(x: float, y: float, series: int, label: str = "") -> str:
         return f'<circle {style} cx="{_n(x)}" cy="{_n(y)}" r="{r}">{title}</circle>'
     corners = " ".join(f"{_n(x + r * a)},{_n(y + r * b)}" for a, b in points)
     return f'<polygon {style} points="{corners}">{title}</polygon>'
+
+
+def shortened(name: str) -> str:
+    """``name``, without its middle where it is too long for a row's label."""
+    if len(name) <= LABEL_CHARS:
+        return name
+    tail = LABEL_CHARS // 2 - 1
+    return f"{name[: LABEL_CHARS - tail - 1]}…{name[-tail:]}"
+
+
+def _row_label(name: str, left: float, middle: float) -> str:
+    """The label of a row, left of its plot; the whole name shows under the pointer."""
+    return (
+        f'<text class="tick" x="{left - 8}" y="{_n(middle + 4)}" text-anchor="end">'
+        f"<title>{escape(name)}</title>{escape(shortened(name))}</text>"
+    )
 
 
 def swatch(series: int) -> str:
@@ -231,7 +249,7 @@ def _frame(x: Axis, y: Axis, x_title: str, y_title: str) -> list[str]:
 
 def _x_ticks(x: Axis, bottom: float, top: float, title: str) -> list[str]:
     parts = []
-    for tick in nice_ticks(x.low, x.high):
+    for tick in _fitting_ticks(x):
         place = x.at(tick)
         parts.append(_line(place, bottom, place, top, "grid"))
         parts.append(
@@ -244,6 +262,13 @@ def _x_ticks(x: Axis, bottom: float, top: float, title: str) -> list[str]:
         f"{escape(title)}</text>"
     )
     return parts
+
+
+def _fitting_ticks(x: Axis) -> list[float]:
+    """Two ticks at least, since one alone tells no scale, and otherwise as many as have room."""
+    room = max(1, min(5, int((x.end - x.start) / TICK_WIDTH)))
+    tried = (nice_ticks(x.low, x.high, count) for count in range(room, 6))
+    return next((ticks for ticks in tried if len(ticks) > 1), [])
 
 
 def _arrow(arrow: Arrow, x: Axis, y: Axis) -> str:

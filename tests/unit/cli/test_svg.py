@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -51,6 +52,26 @@ def test_row_labels_get_room_for_their_length() -> None:
     chart = svg.bar_chart([(name, 1, 0)])
     x = float(re.search(r'<text class="tick" x="([\d.]+)"', chart)[1])  # type: ignore[index]
     assert x > 6 * len(name)
+
+
+def test_a_long_name_is_shortened_to_leave_room_and_shows_whole_under_the_pointer() -> None:
+    name = "policy-mine-0123456789ab0123456789ab-stage-3"
+    chart = svg.interval_chart([svg.Interval(name, 0.1, -0.2, 0.4)], x_title="z", width=330)
+    assert f"<title>{name}</title>policy-mine-…9ab-stage-3</text>" in chart
+    start, end = re.search(r'class="whisker k0" x1="([\d.]+)" [^>]*x2="([\d.]+)"', chart).groups()  # type: ignore[union-attr]
+    assert float(end) - float(start) > 60
+
+
+@given(finite, st.floats(0.01, 1e6), st.integers(120, 480))
+def test_the_numbers_of_an_axis_tell_a_scale_without_overlapping(
+    low: float, span: float, width: int
+) -> None:
+    rows = [svg.Interval("a", low, low, low + span)]
+    chart = svg.interval_chart(rows, x_title="z", width=width)
+    places = re.findall(r'class="tick" x="([-\d.]+)" y="[\d.]+" text-anchor="middle"', chart)
+    steps = [float(b) - float(a) for a, b in pairwise(places)]
+    assert steps
+    assert all(step > 15 for step in steps)
 
 
 def test_labels_are_escaped() -> None:

@@ -84,6 +84,9 @@ def test_figures_files_and_page_of_two_versions(
     assert page == render(found)
     assert page.count("<svg") >= 8
     assert "policy-1 against" in page
+    assert "helpful, ceiling" in page
+    renamed = render(json.loads(json.dumps(found).replace("policy-1", "a & b")))
+    assert "<h2>a &amp; b against" in renamed
 
 
 def test_unknown_versions_and_empty_splits_are_refused(
