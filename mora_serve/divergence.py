@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_serve.client import Client
+from mora_serve.errors import MoraError
 from mora_serve.evaluation import Bootstrap, Estimate
 from mora_serve.jobs import fetch_results
 
@@ -69,6 +70,14 @@ class DivergenceMeter:
         self._run_command = run_command
         self._directories: dict[str, str] = {}
 
+    def fetch(self, versions: Sequence[str]) -> None:
+        """Have the weights of ``versions`` and of the reference at hand, before hours of sampling.
+
+        Raises :class:`MoraError` for a version whose weights no job hands out.
+        """
+        for version in (self.reference, *versions):
+            self._directory(version)
+
     def measure(self, version: str, diagnostics: Sequence[Json], seed: int) -> Divergence:
         """Divergence of the answers in ``diagnostics``, which were drawn from ``version``."""
         rows = [
@@ -96,8 +105,7 @@ class DivergenceMeter:
     def _directory(self, version: str) -> str:
         """Where a version's weights are: fetched from its job; without a job it is the base."""
         if version not in self._directories:
-            jobs = self._client.pages("/v1/fine_tuning/jobs", limit=100)
-            job = next((item for item in jobs if item["fine_tuned_model"] == version), None)
+            job = self._job_of(version)
             if job is None:
                 self._directories[version] = BASE
             else:
@@ -105,6 +113,18 @@ class DivergenceMeter:
                 fetch_results(self._client, job, target)
                 self._directories[version] = str(target)
         return self._directories[version]
+
+    def _job_of(self, version: str) -> Json | None:
+        """The job whose result files are the version's weights."""
+        for job in self._client.pages("/v1/fine_tuning/jobs", limit=100):
+            if job["fine_tuned_model"] == version:
+                return job
+            if version in [stage["version"] for stage in job.get("stages") or []]:
+                raise MoraError(
+                    f"KL needs the last version of a job, got {version} of an earlier stage of "
+                    f"{job['id']}, whose weights are no result file; leave out --base-model"
+                )
+        return None
 
 
 def estimate(

@@ -73,6 +73,11 @@ def run_evaluation(
 ) -> Json:
     """Evaluate and write the files into ``directory``, which must exist; returns the JSON."""
     names = distinct(options.policies)
+    meter = None
+    if options.divergence is not None:
+        reference = options.reference or options.policies[0]
+        meter = DivergenceMeter(client, options.divergence, reference, directory, run_command)
+        meter.fetch(options.policies)
     drawn = sample_all(client, options, names, view)
     for place, diagnostics in enumerate(drawn):
         write_lines(directory / f"answers-{place}.jsonl", diagnostics)
@@ -82,10 +87,6 @@ def run_evaluation(
     result = evaluation_json(found, samples, options.plan, calibrator)
     result["percent_missing"] = reason
     result["prompts_hash"] = content_hash(list(options.prompts))
-    meter = None
-    if options.divergence is not None:
-        reference = options.reference or options.policies[0]
-        meter = DivergenceMeter(client, options.divergence, reference, directory, run_command)
     result["versions_kl"] = _divergences(meter, options, drawn, view)
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     (directory / "evaluation.json").write_text(text + "\n", "utf-8")

@@ -178,3 +178,20 @@ def test_kl_reads_the_answers_again_in_the_conversation_that_the_server_sampled(
     assert first["prompt"] == [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPTS[0]}
     ]  # fmt: skip
+
+
+def test_kl_of_a_version_whose_weights_no_job_hands_out_is_refused_before_sampling(
+    prompts: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "base"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    with fake_service() as service:
+        service.publish("policy-9-stage-1")
+        stage = {"version": "policy-9-stage-1", "status": "succeeded"}
+        job = {"id": "ftjob-9", "status": "succeeded", "fine_tuned_model": "policy-9-stage-2"}
+        service.call(service.stores.jobs.create_job({**job, "model": "base", "stages": [stage]}))
+        arguments = ("--policy", "policy-9-stage-1", "--base-model", str(model))
+        with pytest.raises(MoraError, match="earlier stage of ftjob-9"):
+            evaluate(service, prompts, tmp_path / "out", *arguments, "--temperature", "1")
+    assert not list((tmp_path / "out").glob("answers-*"))
