@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Builds the image's cpu target with buildah (no daemon, chroot isolation, as root) and runs the service
-# inside it on the fake backend, as the image's user, until the gateway answers /readyz.
+# Builds the image's cpu target with buildah (no daemon, chroot isolation, as root), looks at what is in it, and
+# runs the service inside it on the fake backend, as the image's user, until the gateway answers /readyz, the
+# image's own health check passes and a prompt is diagnosed.
 #
-# The base image is not pulled: a Debian with Python 3.11 from mmdebstrap stands in for it. What it proves is
-# the Dockerfile and the locked packages, not the official base. Steps run again only when they are not done:
-#   scripts/image_check.sh base | build | run     one step, or all of them without an argument
-# IMAGE_ARGS holds more options for `buildah build`, for example volumes and build arguments of a mirror.
+# The base image is not pulled: a Debian with Python 3.11 from mmdebstrap stands in for it, with pip under
+# /usr/local as the official one has it. What it proves is the Dockerfile and the locked packages, not that base.
+# Steps run again only when they are not done:
+#   scripts/image_check.sh base | build [TARGET] | run | clean    one step, or all but `clean` without an argument
+# IMAGE_ARGS holds more options for `buildah build`, for example volumes and build arguments of a mirror;
+# IMAGE_STORE is the folder of the images (15 GB with layers on overlay, more where only vfs works).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,57 +16,107 @@ for tool in buildah mmdebstrap; do
   command -v "$tool" >/dev/null || { echo "image-check needs $tool: apt-get install buildah crun mmdebstrap" >&2; exit 1; }
 done
 
+python=${PYTHON:-.venv/bin/python}
 store=${IMAGE_STORE:-.cache/buildah}
 base=localhost/mora-base:bookworm
 image=localhost/mora-serve:cpu
+lock=requirements/image-cpu.lock
 mkdir -p "$store"
 store=$(realpath "$store")
-hold() { buildah --storage-driver vfs --root "$store/root" --runroot "$store/run" "$@"; }
+driver=overlay
+buildah --storage-driver "$driver" --root "$store/$driver" --runroot "$store/run" info >/dev/null 2>&1 || driver=vfs
+hold() { buildah --storage-driver "$driver" --root "$store/$driver" --runroot "$store/run" "$@"; }
+fail() { echo "image-check: $*" >&2; exit 1; }
 
 make_base() {
   hold inspect --type image "$base" >/dev/null 2>&1 && return
-  mmdebstrap --quiet --variant=apt --include=ca-certificates,python3,python3-venv,python3-pip,python-is-python3 \
-    bookworm "$store/rootfs.tar"
-  printf 'FROM scratch\nADD rootfs.tar /\n' > "$store/Base"
+  [ -f "$store/rootfs.tar" ] || {
+    mmdebstrap --quiet --variant=apt --include=ca-certificates,python3,python3-venv,python-is-python3 \
+      bookworm "$store/new.tar"
+    mv "$store/new.tar" "$store/rootfs.tar"
+  }
+  cat > "$store/Base" <<'END'
+FROM scratch
+ADD rootfs.tar /
+RUN rm /usr/lib/python3.11/EXTERNALLY-MANAGED && cd /usr/share/python-wheels && \
+    PYTHONPATH="$(echo pip-*.whl)" python -m pip install --no-index --root-user-action ignore pip-*.whl setuptools-*.whl
+END
   hold build --isolation chroot --format docker --tag "$base" --file "$store/Base" "$store"
   rm "$store/rootfs.tar"
 }
 
+# On vfs every layer is a copy of all before it, so that steps are not kept there.
 build() {
-  # shellcheck disable=SC2086
-  hold build --isolation chroot --format docker --pull-never --layers --build-arg "BASE=$base" \
-    --volume /etc/ssl/certs:/etc/ssl/certs:ro ${IMAGE_ARGS:-} --target "${1:-cpu}" --tag "localhost/mora-serve:${1:-cpu}" .
+  # shellcheck disable=SC2086,SC2046
+  hold build --isolation chroot --format docker --pull-never $([ "$driver" = vfs ] || echo --layers) \
+    --build-arg "BASE=$base" --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
+    --volume /etc/ssl/certs:/etc/ssl/certs:ro ${IMAGE_ARGS:-} --target "$1" --tag "localhost/mora-serve:$1" .
 }
 
 inspect() { hold inspect --type image --format "$1" "$image"; }
+inside() { hold run --isolation chroot "$container" -- "$@"; }
 
-run() {
-  [ "$(inspect '{{.OCIv1.Config.User}}')" = 10001:10001 ] || { echo "the image must run as 10001" >&2; exit 1; }
-  [ -n "$(inspect '{{.Docker.Config.Healthcheck}}')" ] || { echo "the image must have a health check" >&2; exit 1; }
-  local container port log
-  container=$(hold from --pull-never "$image")
-  port=$(.venv/bin/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-  log=$store/run.log
-  # shellcheck disable=SC2064
-  trap "kill \$service 2>/dev/null; wait \$service 2>/dev/null; hold rm $container >/dev/null" EXIT
-  inside() { hold run --isolation chroot --user 10001:10001 "$container" -- "$@"; }
-  inside sh -c 'for tool in gcc cc make pip; do ! command -v $tool || exit 1; done' \
-    || { echo "the final stage must hold no build tools" >&2; exit 1; }
-  inside env MORA_PROFILE=fake mora-serve config >/dev/null
-  inside env MORA_PROFILE=fake mora-serve up --host 127.0.0.1 --port "$port" > "$log" 2>&1 &
+check_configuration() {
+  [ "$(inspect '{{.OCIv1.Config.User}}')" = 10001:10001 ] || fail "the image must run as 10001"
+  for label in title description licenses version revision; do
+    [ -n "$(inspect "{{index .OCIv1.Config.Labels \"org.opencontainers.image.$label\"}}")" ] \
+      || fail "the image must have the label $label"
+  done
+  inspect '{{range .Docker.Config.Healthcheck.Test}}{{println .}}{{end}}' | grep -q /readyz \
+    || fail "the image's health check must ask for /readyz"
+}
+
+check_contents() {
+  inside sh -c 'test "$(id -u):$(id -g)" = 10001:10001' || fail "processes must run as 10001:10001"
+  inside sh -c 'for tool in cc gcc g++ c++ clang ld make cmake pip pip3 git; do ! command -v $tool || exit 1; done
+                ! python -m pip --version 2>/dev/null && ! PATH=/usr/local/bin:/usr/bin:/bin python -m pip --version 2>/dev/null' \
+    || fail "the final stage must hold no build tools"
+  inside sh -c 'test -z "$(find /app -writable -not -type l -print -quit)"' || fail "/app must not be the user's to change"
+  inside python -c 'import importlib.metadata as m, re
+for d in m.distributions(path=["/app/lib/python3.11/site-packages"]):
+    print(re.sub("[-_.]+", "-", d.name).lower() + "==" + d.version)' \
+    | grep -v '^mora-serve==' | sort | diff <(grep == "$lock" | sort) - \
+    || fail "the image must hold the packages of $lock and no others"
+}
+
+# The service in the container, in the background: on the port that the health check reads too, and with the pid
+# of its first process on the first line of the log, since buildah kills what it runs instead of passing a signal on.
+start_service() {
+  inside env MORA_PROFILE=fake MORA_SERVER__PORT="$port" \
+    sh -c 'echo $$; exec mora-serve up --host 127.0.0.1' > "$log" 2>&1 &
   service=$!
+}
+
+stop_service() {
+  kill "$(head -1 "$log")" 2>/dev/null || true
+  wait "$service" || true
+}
+
+await_ready() {
   for _ in $(seq 180); do
-    if .venv/bin/python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$port/readyz', timeout=5)" 2>/dev/null; then
-      inside env MORA_URL="http://127.0.0.1:$port" mora-serve diagnose --prompt 'How do I boil an egg?' \
-        && echo "image-check: the gateway in the image is ready and diagnoses a prompt" && return
-      exit 1
-    fi
+    if inside env MORA_SERVER__PORT="$port" "${health[@]}" 2>/dev/null; then return; fi
     kill -0 "$service" 2>/dev/null || break
     sleep 1
   done
-  echo "the gateway in the image must answer /readyz; its output:" >&2
   tail -20 "$log" >&2
-  exit 1
+  fail "the gateway in the image must answer /readyz"
+}
+
+run() {
+  check_configuration
+  # HAProxy wants some 10,000 open files; by itself buildah allows 1,024.
+  container=$(hold from --pull-never --ulimit "nofile=$(ulimit -Hn):$(ulimit -Hn)" "$image")
+  trap 'hold rm "$container" >/dev/null' EXIT
+  check_contents
+  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  log=$store/run.log
+  mapfile -t health < <(inspect '{{range .Docker.Config.Healthcheck.Test}}{{println .}}{{end}}' | sed '1d;/^$/d')
+  start_service
+  trap 'stop_service; hold rm "$container" >/dev/null' EXIT
+  await_ready
+  inside env MORA_URL="http://127.0.0.1:$port" mora-serve diagnose --prompt 'How do I boil an egg?'
+  hold images --format 'image-check: {{.Name}}:{{.Tag}} {{.Size}}' "$image"
+  echo "image-check: the gateway in the image is ready and diagnoses a prompt"
 }
 
 case ${1:-all} in
@@ -71,4 +124,6 @@ case ${1:-all} in
   build) make_base && build "${2:-cpu}" ;;
   run) run ;;
   all) make_base && build cpu && run ;;
+  clean) hold rmi --all --force >/dev/null && rm -rf "$store" ;;
+  *) fail "the step must be base, build, run or clean, got $1" ;;
 esac
