@@ -32,9 +32,9 @@ from trainer.source import Feed, ListFeed, PairSource, Position, ResumableRows
 logger = logging.getLogger(__name__)
 
 METRICS_TTL_S = 300.0
-"""Longer than a step and than most waits for data."""
+"""Longer than a step; a trainer that waits for data posts every second."""
 CANCEL_CHECK_S = 1.0
-"""How often a waiting worker asks whether its job is still wanted."""
+"""How often a waiting worker asks whether its job is still wanted, and says that it waits."""
 
 
 class JobCancelledError(MoraError):
@@ -50,7 +50,9 @@ class JobControl:
     rank: int
     world_size: int
     source: PairSource | None = None
-    _asked_at: float = 0.0
+    _asked_at: float = -math.inf
+    _report: dict[str, float] = field(default_factory=dict)
+    """Metrics of the last step."""
     _reader_at: Position = field(default_factory=Position)
 
     def cancelled(self) -> bool:
@@ -59,12 +61,15 @@ class JobControl:
         return stored["status"] in TERMINAL
 
     def check(self) -> None:
-        """Raise when the job is no longer wanted; asks at most once a second."""
+        """While it waits for data: says for how long, and raises when the job is no longer wanted;
+        both at most once a second."""
         if time.monotonic() - self._asked_at < CANCEL_CHECK_S:
             return
         self._asked_at = time.monotonic()
         if self.cancelled():
             raise JobCancelledError(f"job {self.job.id} was cancelled while it waited for pairs")
+        if self.rank == 0:
+            self._post_metrics()
 
     def should_stop(self) -> bool:
         """The same answer on every rank: rank 0 asks."""
@@ -74,13 +79,13 @@ class JobControl:
         return bool(answer)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        waited_s = self.source.counts.waited_s if self.source is not None else 0.0
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         step += self.job.first_step
-        report = {"step": step, **finite, "wait_for_data_seconds": round(waited_s, 3)}
+        self._report = {"step": step, **finite}
+        report = {**self._report, **self._waited()}
         if self.rank == 0:
             self._add_metrics_event(step, report)
-            self._post_metrics(report)
+            self._post_metrics()
         ray.train.report(report)
 
     def checkpoint(self, folder: Path, step: int, metrics: Mapping[str, float]) -> None:
@@ -128,9 +133,13 @@ class JobControl:
         }
         self.session.call(self.session.stores.jobs.add_event(self.job.id, event))
 
-    def _post_metrics(self, report: Mapping[str, float]) -> None:
+    def _waited(self) -> dict[str, float]:
+        waited_s = self.source.counts.waited_s if self.source is not None else 0.0
+        return {"wait_for_data_seconds": round(waited_s, 3)}
+
+    def _post_metrics(self) -> None:
         board = self.session.stores.metrics
-        text = exposition(self.job.id, report)
+        text = exposition(self.job.id, {**self._report, **self._waited()})
         self.session.call(board.publish(f"trainer-{self.job.id}", text, METRICS_TTL_S))
 
     def _move_reader(self, position: Position) -> None:

@@ -97,7 +97,8 @@ class PairSource:
     accept: Callable[[Row], bool] = accept_all
     """Must give the same answer on every rank."""
     check: Callable[[], None] = lambda: None
-    """Called at each wait; raises to give up, for example when the job is cancelled."""
+    """Called at each wait, of which :attr:`counts` tells; raises to give up, for example when the
+    job is cancelled."""
     clock: Callable[[], float] = time.monotonic
     wait: Callable[[float], None] = time.sleep
     page: int = 64
@@ -154,16 +155,20 @@ class PairSource:
                     self._await_rows(after)
 
     def _await_rows(self, after: int) -> None:
-        """Return when a row behind ``after`` can be read or the feed is finished."""
-        started = self.clock()
+        """Return when a row behind ``after`` can be read or the feed is finished.
+
+        The time is counted as it passes, so that whoever looks meanwhile sees how long it is.
+        """
+        counted = self.clock()
         pause = MIN_WAIT_S
-        try:
-            while not self.feed.is_finished() and not self.feed.read(after, 1):
-                self.check()
-                self.wait(pause)
-                pause = min(2 * pause, MAX_WAIT_S)
-        finally:
-            self.counts.waited_s += self.clock() - started
+        while not self.feed.is_finished() and not self.feed.read(after, 1):
+            self.check()
+            self.wait(pause)
+            pause = min(2 * pause, MAX_WAIT_S)
+            now = self.clock()
+            self.counts.waited_s += now - counted
+            counted = now
+        self.counts.waited_s += self.clock() - counted
 
 
 class ResumableRows:

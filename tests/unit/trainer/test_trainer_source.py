@@ -117,9 +117,14 @@ def test_position_resumes_under_another_number_of_ranks() -> None:
 def test_late_rows_are_waited_for_and_the_time_is_counted() -> None:
     feed = GrowingFeed(appears_at=[0.0, 5.0, 5.0], finishes_at=9.0)
     source = PairSource(feed, clock=feed.clock, wait=feed.wait)
+    seen: list[tuple[float, float]] = []
+    source.check = lambda: seen.append((source.counts.waited_s, feed.now))
     assert seqs(source) == [0, 1, 2]
     assert source.counts.waited_s == pytest.approx(feed.now)
     assert feed.now >= 9.0
+    # Half a wait is counted half way through it.
+    assert max(abs(waited - now) for waited, now in seen) <= MAX_WAIT_S
+    assert len(seen) > 5
     assert max(feed.pauses) <= MAX_WAIT_S
 
 
