@@ -135,18 +135,44 @@ def _checked_pair(place: str, row: Json) -> Json:
     for name in PAIR_FIELDS:
         if not isinstance(row.get(name), list) or not row[name]:
             raise MoraError(f"{place}: {name} must be a list of messages")
+        if not all(map(_is_message, row[name])):
+            raise MoraError(f"{place}: {name} must hold messages with text as role and content")
     for name in ("chosen_scores", "rejected_scores"):
-        if not isinstance(row.get(name), dict):
+        scores = row.get(name)
+        if not isinstance(scores, dict):
             raise MoraError(
                 f"{place}: {name} must be an object by dimension; plain pairs load as is"
             )
+        if not all(isinstance(score, dict) for score in scores.values()):
+            raise MoraError(f"{place}: {name} must hold an object with value and raw per dimension")
+    _require_provenance(place, row)
     return row
 
 
+def _is_message(turn: Any) -> bool:
+    return isinstance(turn, dict) and all(
+        isinstance(turn.get(name), str) for name in ("role", "content")
+    )
+
+
+def _require_provenance(place: str, row: Json) -> None:
+    try:
+        provenance = _provenance(row)
+        scorers = dict(provenance.get("scorers") or {})
+    except (AttributeError, TypeError, ValueError):
+        raise MoraError(f"{place}: provenance must be an object, or one as JSON") from None
+    if not all(isinstance(scorer, list) and len(scorer) == 2 for scorer in scorers.values()):
+        raise MoraError(f"{place}: provenance.scorers must hold [model, revision] per dimension")
+
+
+def _provenance(row: Json) -> Json:
+    given = row.get("provenance") or {}
+    found: Json = json.loads(given) if isinstance(given, str) else given
+    return found
+
+
 def _count_pair(row: Json, counts: ExportCounts) -> None:
-    provenance = row.get("provenance") or {}
-    if isinstance(provenance, str):
-        provenance = json.loads(provenance)
+    provenance = _provenance(row)
     counts.strategies[str(provenance.get("strategy") or "original")] += 1
     if row.get("policy_version"):
         counts.policies.add(str(row["policy_version"]))

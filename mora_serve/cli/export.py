@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -62,8 +63,13 @@ def export(
             run_child(command, signals, "exporting")
 
         with signals.raising():
-            counts = write_dataset(client, finished, pairs, out, run_command)
-            require_configuration(settings, counts)
+            try:
+                counts = write_dataset(client, finished, pairs, out, run_command)
+                require_configuration(settings, counts)
+            except MoraError:
+                # It was new or empty, and must be again for the next try.
+                shutil.rmtree(out)
+                raise
             configuration = None if settings is None else dump_settings(settings)
             text = card(out, counts, batch=finished, configuration=configuration)
             (out / "README.md").write_text(text, "utf-8")

@@ -139,6 +139,12 @@ def test_versions_get_the_same_seeds_whatever_is_asked_in_one_request(service: F
     assert [item["rollouts"] for item in once] == [item["rollouts"] for item in again]
 
 
+def test_a_prompt_keeps_its_seed_however_the_list_is_cut_into_requests() -> None:
+    plan = SamplingPlan(seed=3)
+    assert plan.body(["c"], "m", 2)["seed"] == plan.body(["a", "b", "c"], "m", 0)["seed"] + 2
+    assert plan.body(["a"], "m", 0)["seed"] != SamplingPlan(seed=4).body(["a"], "m", 0)["seed"]
+
+
 def test_a_foreign_calibrator_gives_no_percents(service: FakeService) -> None:
     client, base = Client(service.url), service.settings.policy.model
     drawn = draw(client, base, PROMPTS[:2], SamplingPlan(n=2))
@@ -195,3 +201,38 @@ def test_kl_of_a_version_whose_weights_no_job_hands_out_is_refused_before_sampli
         with pytest.raises(MoraError, match="earlier stage of ftjob-9"):
             evaluate(service, prompts, tmp_path / "out", *arguments, "--temperature", "1")
     assert not list((tmp_path / "out").glob("answers-*"))
+
+
+class FlakyClient:
+    """Answers every request; the second prompt fails ``failures`` times with ``kind``."""
+
+    def __init__(self, failures: int, kind: str) -> None:
+        self.failures, self.kind = failures, kind
+        self.seeds: list[int] = []
+
+    def ndjson(self, _method: str, _path: str, body: Any) -> Iterator[dict[str, Any]]:
+        self.seeds.append(body["seed"])
+        for index, _ in enumerate(body["prompts"]):
+            item = {"object": "diagnostic", "index": index, "policy_version": body["model"]}
+            if index == 1 and len(self.seeds) <= self.failures:
+                yield {**item, "status": "failed", "error": {"type": self.kind, "code": "x"}}
+            else:
+                yield {**item, "status": "ok", "error": None}
+
+
+@pytest.mark.parametrize(
+    ("failures", "kind", "num_requests", "status"),
+    [
+        (1, "server_error", 2, "ok"),
+        (9, "server_error", 3, "failed"),
+        (9, "invalid_request_error", 1, "failed"),
+    ],
+)
+def test_what_failed_for_a_reason_that_may_pass_is_asked_again_with_the_same_seed(
+    failures: int, kind: str, num_requests: int, status: str
+) -> None:
+    flaky: Any = FlakyClient(failures, kind)
+    drawn = draw(flaky, "v", PROMPTS[:3], SamplingPlan(seed=2))
+    assert [item["status"] for item in drawn] == ["ok", status, "ok"]
+    assert len(flaky.seeds) == num_requests
+    assert len(set(flaky.seeds)) == 1

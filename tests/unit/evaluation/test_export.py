@@ -222,8 +222,40 @@ def test_what_cannot_be_exported_is_refused(exported: Path, tmp_path: Path) -> N
     bad.write_text('{"prompt": "text", "chosen": [], "rejected": []}\n')
     with pytest.raises(MoraError, match=r"bad.jsonl:1: prompt must be a list of messages"):
         run("--pairs", str(bad), "--out", str(tmp_path / "a"))
+    assert not (tmp_path / "a").exists()
     with pytest.raises(MoraError, match="must be the server's"):
         require_configuration(load_settings("fake", environ={}), ExportCounts(calibrators={"x"}))
+
+
+PAIR: dict[str, Any] = {
+    "prompt": [{"role": "user", "content": "q"}],
+    "chosen": [{"role": "assistant", "content": "a"}],
+    "rejected": [{"role": "assistant", "content": "b"}],
+    "chosen_scores": {"helpful": {"value": 1.0, "raw": 1.0}},
+    "rejected_scores": {"helpful": {"value": 0.0, "raw": 0.0}},
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", ["q"]),
+        ("chosen", [{"role": "assistant"}]),
+        ("chosen_scores", {"helpful": 1.0}),
+        ("provenance", 5),
+        ("provenance", "{x"),
+        ("provenance", "[1]"),
+        ("provenance", {"scorers": {"helpful": "x"}}),
+    ],
+)
+def test_a_pair_that_cannot_be_exported_is_named_by_its_place(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(PAIR) + "\n" + json.dumps({**PAIR, field: value}) + "\n")
+    arguments = ["export", "--pairs", str(file), "--out", str(tmp_path / "d")]
+    with pytest.raises(MoraError, match=rf"pairs.jsonl:2: {field}"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
 def push(hub: str, directory: Path) -> subprocess.CompletedProcess[str]:
