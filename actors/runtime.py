@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_serve.config import PolicySettings
+from mora_serve.errors import ConfigError
 
 KV_CACHE_GIB = "2"
 CPU_BLOCK_TOKENS = 32
@@ -38,6 +39,11 @@ def engine_arguments(settings: PolicySettings, model: str, *, on_cpu: bool) -> d
     prompt was prefilled in part (``Generator.get_offset``), which CPU generators do not support,
     and the error ends the engine. Without chunks a prompt is prefilled in one step, so the step's
     token budget must hold the longest one.
+
+    Raises :class:`~mora_serve.errors.ConfigError` where adapters are to be applied per request on
+    CPU: vLLM 0.32 gives requests without an adapter the index -1, which its CPU kernels take for
+    the last adapter (``bgmv_expand`` in ``vllm/lora/ops/torch_ops``), so that the base version
+    would answer as another one as soon as both are in one batch.
     """
     arguments: dict[str, Any] = {
         "model": model,
@@ -50,6 +56,11 @@ def engine_arguments(settings: PolicySettings, model: str, *, on_cpu: bool) -> d
         arguments |= cpu_arguments(max(2048, settings.max_model_len))
     arguments |= settings.engine
     if arguments["enable_lora"]:
+        if on_cpu:
+            raise ConfigError(
+                "policy.engine.enable_lora must be false on CPU, got true: vLLM would apply the "
+                "last adapter to the base version too; adapters are merged instead"
+            )
         arguments.setdefault("max_loras", settings.max_loras)
         arguments.setdefault("max_lora_rank", settings.max_lora_rank)
         arguments.setdefault("max_cpu_loras", max(MAX_CPU_LORAS, settings.max_loras))

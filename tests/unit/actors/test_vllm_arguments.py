@@ -5,8 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from actors.runtime import engine_arguments, engine_seed
 from mora_serve.config import PolicySettings
+from mora_serve.errors import ConfigError
 
 
 def test_importing_the_engine_module_does_not_import_vllm() -> None:
@@ -41,11 +44,11 @@ def test_adapters_are_applied_per_request_except_on_cpu() -> None:
     assert "max_loras" not in without
 
 
-def test_adapters_on_cpu_can_be_asked_for() -> None:
+def test_adapters_that_would_reach_the_base_version_are_refused_on_cpu() -> None:
     settings = PolicySettings(engine={"enable_lora": True, "max_loras": 1})
-    arguments = engine_arguments(settings, "model", on_cpu=True)
-    assert (arguments["enable_lora"], arguments["max_loras"]) == (True, 1)
-    assert arguments["max_cpu_loras"] >= 1
+    with pytest.raises(ConfigError, match=r"policy\.engine\.enable_lora must be false on CPU"):
+        engine_arguments(settings, "model", on_cpu=True)
+    assert engine_arguments(settings, "model", on_cpu=False)["max_loras"] == 1
 
 
 def test_neighbouring_seeds_never_share_a_sample() -> None:
