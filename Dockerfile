@@ -44,12 +44,14 @@ FROM ${BASE} AS runtime
 LABEL org.opencontainers.image.title="mora-serve" \
       org.opencontainers.image.description="Multi-reward pre-sampling, prompt rewriting and DPO as a service" \
       org.opencontainers.image.licenses="Apache-2.0"
-# libnuma is vLLM's; its version follows the base image.
+# libnuma is vLLM's; its version follows the base image. The profile is for login shells, which reset
+# PATH: KubeRay starts `ray` in one where its operator has ENABLE_LOGIN_SHELL.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libnuma1 \
     && rm -rf /var/lib/apt/lists/* \
     && python -m pip uninstall --yes --root-user-action ignore pip setuptools wheel \
+    && echo "PATH=/app/bin:\$PATH" > /etc/profile.d/mora-serve.sh \
     && groupadd --gid 10001 mora \
     && useradd --uid 10001 --gid mora --create-home --shell /usr/sbin/nologin mora \
     && install --directory --owner mora --group mora /var/lib/mora /var/cache/mora

@@ -185,6 +185,7 @@ STORAGE: Schema = {
         image=section(**IMAGE, pullPolicy=PULL_POLICY),
         auth=section(enabled=FLAG, existingSecret=NAME, key=KEY),
         persistence=DISK,
+        podSecurityContext=ANY_OBJECT,
         **STORE,
     ),
     "externalRedis": section(existingSecret=NAME, key=KEY),

@@ -72,6 +72,9 @@ check_contents() {
                 ! python -m pip --version 2>/dev/null && ! PATH=/usr/local/bin:/usr/bin:/bin python -m pip --version 2>/dev/null' \
     || fail "the final stage must hold no build tools"
   inside sh -c 'test -z "$(find /app -writable -not -type l -print -quit)"' || fail "/app must not be the user's to change"
+  for shell in -c -lc; do
+    inside bash "$shell" 'command -v ray >/dev/null' || fail "KubeRay must find ray with bash $shell"
+  done
   inside python -c 'import importlib.metadata as m, re
 for d in m.distributions(path=["/app/lib/python3.11/site-packages"]):
     print(re.sub("[-_.]+", "-", d.name).lower() + "==" + d.version)' \

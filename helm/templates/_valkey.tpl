@@ -29,7 +29,7 @@ spec:
       automountServiceAccountToken: false
       enableServiceLinks: false
       terminationGracePeriodSeconds: 60
-      securityContext: {runAsNonRoot: true, runAsUser: 999, runAsGroup: 999, fsGroup: 999, seccompProfile: {type: RuntimeDefault}}
+      securityContext: {{- toYaml .root.Values.valkey.podSecurityContext | nindent 8 }}
       {{- include "mora-serve.pullSecrets" .root | nindent 6 }}
       {{- include "mora-serve.scheduling" .store | nindent 6 }}
       containers:

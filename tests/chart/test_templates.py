@@ -171,6 +171,19 @@ def test_every_pod_is_restricted(profile_name: str) -> None:
             assert container["resources"]["limits"]["memory"]
 
 
+def test_a_platform_that_chooses_users_itself_can_be_left_to_do_so() -> None:
+    users = ("runAsUser", "runAsGroup", "fsGroup")
+    rendered = render(
+        "cpu",
+        *(f"{at}podSecurityContext.{name}=null" for at in ("", "valkey.") for name in users),
+    )
+    pods = list(rendered.pods())
+    assert len(pods) > 4
+    for pod in pods:
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        assert not set(users) & set(pod["spec"]["securityContext"])
+
+
 def test_pods_that_need_no_api_get_no_token() -> None:
     rendered = everything()
     for name, pod in rendered.ray_pods().items():
