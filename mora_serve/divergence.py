@@ -11,6 +11,7 @@ an engine adds by rounding merged weights is not in the figure.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,8 @@ class DivergenceMeter:
                 self._directories[version] = BASE
             else:
                 target = self._scratch / f"weights-{len(self._directories)}"
+                # An evaluation that was broken off may have left another version's there.
+                shutil.rmtree(target, ignore_errors=True)
                 fetch_results(self._client, job, target)
                 self._directories[version] = str(target)
         return self._directories[version]

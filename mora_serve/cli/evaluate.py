@@ -81,6 +81,8 @@ def evaluate(
         divergence=_divergence(base_model, temperature),
     )
     made = directory or Path("runs") / f"evaluation-{datetime.now():%Y-%m-%dT%H-%M-%S}"
+    if made.exists() and not made.is_dir():
+        raise MoraError(f"--out must be a directory, got the file {made}")
     made.mkdir(parents=True, exist_ok=True)
     with StopSignals() as signals, signals.raising(), ConsoleView(err) as view:
         found = run_evaluation(

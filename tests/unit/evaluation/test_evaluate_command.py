@@ -98,6 +98,24 @@ def test_unknown_versions_and_empty_splits_are_refused(
         evaluate(service, prompts, tmp_path, "--policy", "policy-1", "--split", "validation")
     with pytest.raises(MoraError, match="--base-model"):
         evaluate(service, prompts, tmp_path, "--policy", "x", "--base-model", str(tmp_path))
+    with pytest.raises(MoraError, match="--out must be a directory"):
+        evaluate(service, prompts, prompts, "--policy", "policy-1")
+
+
+def test_weights_that_a_broken_off_evaluation_left_are_fetched_again(
+    service: FakeService, tmp_path: Path
+) -> None:
+    client, base = Client(service.url), service.settings.policy.model
+    file = client.upload(b"{}", "pairs.jsonl", purpose="fine-tune")
+    job = client.post("/v1/fine_tuning/jobs", {"model": base, "training_file": file["id"]})
+    while job["status"] == "queued":
+        job = client.get(f"/v1/fine_tuning/jobs/{job['id']}")
+    (tmp_path / "weights-1").mkdir()
+    (tmp_path / "weights-1" / "stale").touch()
+    settings = DivergenceSettings(tmp_path, 1.0)
+    meter = DivergenceMeter(client, settings, base, tmp_path, lambda command: None)
+    meter.fetch([job["fine_tuned_model"]])
+    assert [path.name for path in (tmp_path / "weights-1").iterdir()] == ["adapter.bin"]
 
 
 def test_an_engine_with_one_set_of_weights_serves_each_version_in_turn_and_is_put_back(

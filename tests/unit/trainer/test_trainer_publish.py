@@ -14,7 +14,7 @@ import pytest
 from mora_serve.config import TrainerSettings
 from mora_serve.store import Stores
 from trainer.job import TrainingJob, read_job
-from trainer.publish import metrics_csv, policy_files, publish
+from trainer.publish import checkpoint_id, metrics_csv, policy_files, publish
 from trainer.run_state import RunState
 from trainer.source import Position
 
@@ -74,6 +74,22 @@ async def test_published_version_is_current_and_readable_as_a_directory(
     if stores.blobs.local_path("policies/policy-77") is None:
         names = {path.name for path in Path(version["uri"]).iterdir()}
         assert names == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+async def test_the_last_checkpoint_gets_the_versions_name_and_keeps_its_metrics(
+    job: TrainingJob, checkpoint: Path
+) -> None:
+    stores = Stores.memory()
+    await stores.jobs.create_job(STORED)
+    for step in (2, 3):
+        record = {"id": checkpoint_id(job.id, step), "step_number": step, "metrics": {"step": step}}
+        await stores.jobs.add_checkpoint(job.id, record)
+    await publish(stores, job, checkpoint, data_dir=checkpoint.parent / "data")
+    found, _ = await stores.jobs.list_checkpoints(job.id, after=None, limit=9)
+    assert [
+        (item["step_number"], item["metrics"], item["fine_tuned_model_checkpoint"])
+        for item in found
+    ] == [(3, {"step": 3}, "policy-77"), (2, {"step": 2}, None)]
 
 
 async def test_a_version_can_be_published_without_becoming_current(checkpoint: Path) -> None:
