@@ -254,3 +254,16 @@ def test_what_failed_for_a_reason_that_may_pass_is_asked_again_with_the_same_see
     assert [item["status"] for item in drawn] == ["ok", status, "ok"]
     assert len(flaky.seeds) == num_requests
     assert len(set(flaky.seeds)) == 1
+
+
+def test_answers_of_another_version_end_the_evaluation() -> None:
+    class Swapped(FlakyClient):
+        """A server whose version changes under the second prompt."""
+
+        def ndjson(self, method: str, path: str, body: Any) -> Iterator[dict[str, Any]]:
+            for item in super().ndjson(method, path, body):
+                yield {**item, "policy_version": "w"} if item["index"] == 1 else item
+
+    swapped: Any = Swapped(0, "")
+    with pytest.raises(MoraError, match="asked for v but w answered"):
+        draw(swapped, "v", PROMPTS[:3], SamplingPlan())

@@ -21,7 +21,7 @@ from mora_serve.cli.app import app
 from mora_serve.cli.export import require_configuration
 from mora_serve.client import Client
 from mora_serve.config import load_settings
-from mora_serve.dataset_export import ExportCounts
+from mora_serve.dataset_export import ExportCounts, finished_batch
 from mora_serve.errors import MoraError
 from tests.fake_service import FakeService, fake_service
 from tests.unit.cli.server import Answer, Seen, serving
@@ -256,6 +256,27 @@ def test_a_pair_that_cannot_be_exported_is_named_by_its_place(
     arguments = ["export", "--pairs", str(file), "--out", str(tmp_path / "d")]
     with pytest.raises(MoraError, match=rf"pairs.jsonl:2: {field}"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "status", "problem"),
+    [
+        ("/v1/rewrites", "in_progress", "must be finished, got batch_1 in in_progress"),
+        ("/v1/rewrites", "failed", "must be finished"),
+        ("/v1/scores", "completed", "must be one that samples answers"),
+    ],
+)
+def test_a_batch_that_has_no_whole_result_is_not_exported(
+    endpoint: str, status: str, problem: str
+) -> None:
+    class Stub:
+        def get(self, path: str) -> dict[str, Any]:
+            assert path == "/v1/batches/batch_1"
+            return {"endpoint": endpoint, "status": status}
+
+    stub: Any = Stub()
+    with pytest.raises(MoraError, match=problem):
+        finished_batch(stub, "batch_1")
 
 
 def push(hub: str, directory: Path) -> subprocess.CompletedProcess[str]:
