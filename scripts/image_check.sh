@@ -8,7 +8,7 @@
 # Steps run again only when they are not done:
 #   scripts/image_check.sh base | build [TARGET] | run | clean    one step, or all but `clean` without an argument
 # IMAGE_ARGS holds more options for `buildah build`, for example volumes and build arguments of a mirror;
-# IMAGE_STORE is the folder of the images (15 GB with layers on overlay, more where only vfs works).
+# IMAGE_STORE is their folder (allow 20 GB while it builds on overlay, more where only vfs works).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
