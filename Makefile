@@ -76,6 +76,10 @@ chaos: setup  ## A batch on the real stack under SIGKILLs of every kind: nothing
 elasticity: setup  ## A backlog grows every pool to its maximum, idleness brings it back to none
 	$(PY) -m benchmarks.elasticity $(BENCH_ARGS)
 
+.PHONY: adapters-test
+adapters-test: setup  ## Versions as adapters side by side on one vLLM engine, minutes on CPU
+	$(PY) -m pytest tests/contract/test_adapters_side_by_side.py --adapters $(TEST_ARGS)
+
 .PHONY: helm-test
 helm-test: setup  ## The chart on helm 3 and 4 against Kubernetes 1.29 to 1.37, KubeRay, checkov
 	@PYTHON=$(PY) scripts/helm_tools.sh

@@ -142,11 +142,13 @@ async def test_a_cancelled_call_is_aborted_in_the_engine(engine: VllmGenerator) 
 # --- policy versions ------------------------------------------------------------------------------
 
 
-def write_adapter(directory: Path, model_dir: Path, *, scale: float) -> PolicyVersion:
+def write_adapter(
+    directory: Path, model_dir: Path, *, scale: float, seed: int = 0
+) -> PolicyVersion:
     """An adapter as peft saves it, rank 2 on the query projections, with random A and B."""
     config = json.loads((model_dir / "config.json").read_text())
     hidden = config["hidden_size"]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tensors = {}
     for layer in range(config["num_hidden_layers"]):
         name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
