@@ -49,7 +49,7 @@ LABEL org.opencontainers.image.title="mora-serve" \
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libnuma1 \
-    && rm -rf /var/lib/apt/lists/* \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin \
     && python -m pip uninstall --yes --root-user-action ignore pip setuptools wheel \
     && echo "PATH=/app/bin:\$PATH" > /etc/profile.d/mora-serve.sh \
     && groupadd --gid 10001 mora \
@@ -85,7 +85,7 @@ FROM runtime AS gpu
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
 ENV MORA_PROFILE=gpu \
     VLLM_USE_FLASHINFER_SAMPLER=0 \
     NVIDIA_VISIBLE_DEVICES=all \

@@ -61,6 +61,7 @@ MUTANTS = (
     Mutant(T + "_helpers.tpl", 'ternary "gpu" "cpu"', 'ternary "cuda" "cpu"'),
     Mutant(T + "_valkey.tpl", "appendonly yes", "appendonly no"),
     Mutant(T + "_valkey.tpl", "serviceName: {{ .name }}", "service: {{ .name }}"),
+    Mutant(T + "_valkey.tpl", ".Values.valkey.podSecurityContext", ".Values.podSecurityContext"),
     Mutant(T + "rayservice.yaml", 'num-cpus: "0"', 'num-cpus: "4"'),
     Mutant(T + "rayservice.yaml", "version: v2", "version: v3"),
     Mutant(T + "rayservice.yaml", "type: {{ $ray.upgradeStrategy }}", "type: Rolling"),

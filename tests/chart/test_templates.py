@@ -171,17 +171,19 @@ def test_every_pod_is_restricted(profile_name: str) -> None:
             assert container["resources"]["limits"]["memory"]
 
 
-def test_a_platform_that_chooses_users_itself_can_be_left_to_do_so() -> None:
-    users = ("runAsUser", "runAsGroup", "fsGroup")
-    rendered = render(
-        "cpu",
-        *(f"{at}podSecurityContext.{name}=null" for at in ("", "valkey.") for name in users),
-    )
-    pods = list(rendered.pods())
-    assert len(pods) > 4
-    for pod in pods:
+@pytest.mark.parametrize("at", ["podSecurityContext", "valkey.podSecurityContext"])
+def test_a_platform_that_chooses_users_itself_can_be_left_to_do_so(at: str) -> None:
+    users = {"runAsUser", "runAsGroup", "fsGroup"}
+    rendered = render("cpu", *(f"{at}.{name}=null" for name in sorted(users)))
+    stores = [item["spec"]["template"] for item in rendered.all("StatefulSet")]
+    others = [pod for pod in rendered.pods() if pod not in stores]
+    left, kept = (stores, others) if at.startswith("valkey") else (others, stores)
+    assert len(stores) == 2
+    for pod in left:
+        assert not users & set(pod["spec"]["securityContext"])
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
-        assert not set(users) & set(pod["spec"]["securityContext"])
+    for pod in kept:
+        assert users < set(pod["spec"]["securityContext"])
 
 
 def test_pods_that_need_no_api_get_no_token() -> None:
