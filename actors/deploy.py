@@ -21,7 +21,6 @@ from actors.adapters import ServeGenerator, ServeScorer, Tries
 from actors.autoscaling import backlog_policy
 from actors.generator import GeneratorReplica, PolicyEngine
 from actors.metrics import GeneratorMetrics, MetricsPublisher, ScorerMetrics, StatsCollector
-from actors.runtime import torch_environment
 from actors.scorer import ScorerReplica
 from actors.worker import WorkerReplica
 from mora_serve.config import (
@@ -29,6 +28,7 @@ from mora_serve.config import (
     dump_settings,
     settings_from_dump,
 )
+from mora_serve.openmp import torch_environment
 from mora_serve.ports import Scorer
 from mora_serve.scorer_settings import ScorerSettings
 from mora_serve.sections import ReplicaSettings

@@ -115,15 +115,6 @@ def engine_environment(
     return {**variables, **overrides}
 
 
-def torch_environment(num_threads: int) -> dict[str, str]:
-    """Variables for a scorer that shares its cores with an engine.
-
-    OpenMP threads spin for work after each parallel region; on shared cores that takes time from
-    the others, so they sleep at once.
-    """
-    return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "passive"}
-
-
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
     """``os.environ`` with ``variables`` while the block runs; everything is restored afterwards,

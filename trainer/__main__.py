@@ -24,6 +24,7 @@ from ray.train.torch import TorchTrainer
 
 from mora_serve.config import ENV_CONFIG, Settings, dump_settings, settings_from_dump
 from mora_serve.errors import ConfigError, InvalidRequestError
+from mora_serve.openmp import torch_environment
 from mora_serve.policies import cancel_stage_batches
 from mora_serve.store import open_stores
 from trainer.feeds import StoreSession
@@ -113,14 +114,22 @@ def fit(settings: Settings, job: TrainingJob, model: Mapping[str, str | None]) -
             | ({"GPU": 1} if trainer.use_gpu else {})
             | trainer.resources,
         ),
-        run_config=RunConfig(
-            name=job.run_name,
-            storage_path=str(settings.data_dir.absolute() / "train"),
-            failure_config=FailureConfig(max_failures=0),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
+        run_config=run_config(settings, job),
     ).fit()
     return None if result.checkpoint is None else Path(result.checkpoint.path)
+
+
+def run_config(settings: Settings, job: TrainingJob) -> RunConfig:
+    """Where the run keeps its checkpoints, and what its workers' environment holds."""
+    trainer = settings.trainer
+    variables = {} if trainer.use_gpu else torch_environment(trainer.num_threads)
+    return RunConfig(
+        name=job.run_name,
+        storage_path=str(settings.data_dir.absolute() / "train"),
+        failure_config=FailureConfig(max_failures=0),
+        checkpoint_config=CheckpointConfig(num_to_keep=2),
+        worker_runtime_env={"env_vars": variables},
+    )
 
 
 def resolve_model(

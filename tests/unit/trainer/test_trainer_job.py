@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mora_serve.config import TrainerSettings
+from mora_serve.config import TrainerSettings, load_settings
 from mora_serve.errors import InvalidRequestError
 from trainer.job import read_job
 
@@ -77,3 +78,18 @@ def test_unusable_values_name_their_field(job: dict[str, Any], param: str) -> No
     with pytest.raises(InvalidRequestError) as caught:
         read_job(job, DEFAULTS)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("use_gpu", "variables"),
+    [(False, {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "passive"}), (True, {})],
+)
+def test_workers_on_cpus_do_not_spin_on_cores_that_an_engine_shares(
+    tmp_path: Path, use_gpu: bool, variables: dict[str, str]
+) -> None:
+    from trainer.__main__ import run_config
+
+    trainer = {"num_threads": 3, "use_gpu": use_gpu}
+    settings = load_settings("fake", overrides={"data_dir": str(tmp_path), "trainer": trainer})
+    found = run_config(settings, read_job(stored(), settings.trainer))
+    assert found.worker_runtime_env == {"env_vars": variables}
