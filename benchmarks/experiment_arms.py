@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import subprocess
 import tempfile
@@ -34,6 +35,7 @@ from mora_serve.client import Client
 from mora_serve.divergence import DivergenceMeter, DivergenceSettings, RunCommand
 from mora_serve.errors import MoraError
 from mora_serve.jobs import JobFollower
+from mora_serve.openmp import torch_environment
 from mora_serve.version_sampling import SamplingPlan, Served, draw
 
 Json = dict[str, Any]
@@ -53,6 +55,8 @@ MAX_ROLLOUTS = 256
 ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 EVALUATION_SEED = 7_000
 """Far from the seeds of training batches."""
+KL_ANSWERS = 1
+"""Answers per held-out prompt that KL is taken over: a pass outside the engine costs minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,8 @@ class Design:
 
 def run_quietly(command: list[str]) -> None:
     """Run a command of ours; its output is shown only when it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = {**os.environ, **torch_environment(len(os.sched_getaffinity(0)))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         raise MoraError(f"{command[2]} failed: {done.stderr.strip()[-500:]}")
 
@@ -131,7 +136,10 @@ class Arms:
                 meter = DivergenceMeter(
                     self._client, self._kl, self._base, Path(scratch), self._run_command
                 )
-                return asdict(meter.measure(answers["version"], answers["data"], seed))
+                data = [
+                    {**item, "rollouts": item["rollouts"][:KL_ANSWERS]} for item in answers["data"]
+                ]
+                return asdict(meter.measure(answers["version"], data, seed))
 
         self._cells(f"seed-{seed}/kl-{arm}", make)
 
