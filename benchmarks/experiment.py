@@ -6,7 +6,8 @@ steps, the same with equally many rollouts, unmeasured rewriting, MORA simultane
 beside them the null strategy's acceptance and how often classes repeat. Resumable: finished pieces
 are JSON files under ``--out``, and the same command goes on with what is missing; more ``--seeds``
 may be added to it. ``--scale`` multiplies prompts and steps; 1 is sized to two cores and takes
-about two hours.
+about two hours. ``--screen N`` diagnoses N prompts first and trains on those of a single reward,
+which are the ones that MORA rewrites.
 
 With ``--judge-heads`` the held-out answers are scored once more by heads that nothing was trained
 against (``python -m actors.train_heads --layers 24 ...``), so that a policy which only pleases its
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs/experiment"))
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies prompts and steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--screen", type=int, help="train on those of this many that are single")
     parser.add_argument("--order", nargs="+", help="dimensions in the order of their stages")
     parser.add_argument("--n-eval", type=int, default=4, help="held-out answers per prompt")
     parser.add_argument("--beta", type=float, default=0.1)
@@ -111,7 +113,8 @@ def make_design(args: argparse.Namespace) -> Design:
     else:
         prompts = _spread(_of_split(args.prompts, {"train"}))
         held_out = _spread(_of_split(args.held_out, {"test", "held-out", "validation"}))
-    prompts = prompts[: max(1, round(NUM_PROMPTS * args.scale))]
+    num_prompts = max(1, round(NUM_PROMPTS * args.scale))
+    prompts = prompts[: args.screen or num_prompts]
     held_out = held_out[: max(1, round(NUM_HELD_OUT * args.scale))]
     both = {content_hash(prompt) for prompt in prompts} & {content_hash(p) for p in held_out}
     if both:
@@ -128,6 +131,7 @@ def make_design(args: argparse.Namespace) -> Design:
         beta=args.beta,
         learning_rate_multiplier=args.learning_rate_multiplier,
         max_pairs=steps * args.batch_size,
+        num_single=num_prompts if args.screen else None,
     )
 
 
@@ -135,6 +139,8 @@ def open_cells(args: argparse.Namespace, design: Design, tried: Mapping[str, Any
     """The cells of this design. Every seed has cells of its own, so that seeds can be added."""
     configuration = {**json.loads(json.dumps(asdict(design))), "profile": args.profile}
     del configuration["seeds"]
+    if design.num_single is None:
+        del configuration["num_single"]
     return Cells(args.out, {**configuration, "config": dict(tried)})
 
 

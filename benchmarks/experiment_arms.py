@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ MAX_ROLLOUTS = 256
 ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 EVALUATION_SEED = 7_000
 """Far from the seeds of training batches."""
+SCREENING_N, SCREENING_SEED = 8, 3_000
 KL_ANSWERS = 1
 """Answers per held-out prompt that KL is taken over: a pass outside the engine costs minutes."""
 
@@ -76,6 +77,8 @@ class Design:
     learning_rate_multiplier: float
     max_pairs: int
     """Pairs that an arm trains on at most; all arms of a seed train on equally many."""
+    num_single: int | None = None
+    """Take this many of the prompts, those that a first diagnosis finds to carry one reward."""
 
 
 def run_quietly(command: list[str]) -> None:
@@ -115,6 +118,8 @@ class Arms:
 
     def run(self) -> None:
         """Every cell that is not finished."""
+        if self._design.num_single is not None:
+            self._design = replace(self._design, prompts=self._single(self._design.num_single))
         for seed in self._design.seeds:
             batches = {kind: self._batch(seed, kind) for kind in (*BATCHES, "more")}
             num_pairs = self._num_pairs(batches)
@@ -127,6 +132,32 @@ class Arms:
                 answers = self.answers(seed, arm, version)
                 if self._kl is not None and version != self._base:
                     self._divergence(seed, arm, answers)
+
+    def _single(self, num: int) -> tuple[Any, ...]:
+        """The first ``num`` prompts that one round under the base puts into a single class.
+
+        Every arm trains on them, so the luck of this round favours none.
+        """
+
+        def make() -> Json:
+            self._note(f"diagnosing {len(self._design.prompts)} prompts for those of one reward")
+            plan = SamplingPlan(n=SCREENING_N, seed=SCREENING_SEED)
+            with self._served(self._base):
+                data = draw(self._client, self._base, self._design.prompts, plan)
+            return {"classes": [item["class"] for item in data]}
+
+        classes = self._cells("screening", make)["classes"]
+        found = [
+            prompt
+            for prompt, label in zip(self._design.prompts, classes, strict=True)
+            if str(label).startswith("single:")
+        ]
+        if len(found) < num:
+            raise MoraError(
+                f"--screen must be larger: {num} prompts of one reward are needed, got "
+                f"{len(found)} of {len(classes)}"
+            )
+        return tuple(found[:num])
 
     def _divergence(self, seed: int, arm: str, answers: Json) -> None:
         def make() -> Json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +233,35 @@ def test_held_out_prompts_are_never_trained_on(tmp_path: Path) -> None:
     assert len(set(found.prompts)) == 18
     assert all(prompt.startswith("train") for prompt in found.prompts)
     assert all(prompt.startswith("test") for prompt in found.held_out)
+    screened = design_of("--scale", "0.5", "--screen", "19")
+    assert (len(screened.prompts), screened.num_single) == (19, 18)
     own = design_of()
     assert not set(own.prompts) & set(own.held_out)
+
+
+def test_screening_keeps_the_prompts_that_carry_one_reward(
+    service: FakeService, design: Design, tmp_path: Path
+) -> None:
+    class Enough(Exception):
+        pass
+
+    def until_batches(text: str) -> None:
+        if "batch" in text:
+            raise Enough
+
+    many = [f"What of subject {number}?" for number in range(80)]
+    screened = replace(design, prompts=tuple(many), num_single=5)
+    cells = Cells(tmp_path, {})
+    with pytest.raises(Enough):
+        Arms(Client(service.url), screened, cells, until_batches, poll_s=0.01).run()
+    classes = cell(cells, "screening")["classes"]
+    assert len(classes) == len(many)
+    single = [p for p, label in zip(many, classes, strict=True) if label.startswith("single:")]
+    file = cell(cells, "seed-0/batch-plain-file")["id"]
+    rows = list(Client(service.url).ndjson("GET", f"/v1/files/{file}/content"))
+    assert [row["body"]["prompt"] for row in rows] == single[:5]
+    with pytest.raises(MoraError, match="--screen must be larger"):
+        Arms(Client(service.url), replace(screened, num_single=80), cells, until_batches).run()
 
 
 def test_shares_add_up_and_pairs_are_drawn_alike_for_a_seed() -> None:
