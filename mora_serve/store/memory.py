@@ -9,20 +9,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mora_serve.ports import Lease, RowCommit
+from mora_serve.store.memory_batches import MemoryBatch, MemoryShard
 from mora_serve.store.memory_files import MemoryFiles, page
+from mora_serve.store.memory_pairs import MemoryPairs
 from mora_serve.store.memory_quarantine import MemoryQuarantine
 from mora_serve.store.rate import RateRing, recent_rate
 from mora_serve.store.shapes import idempotency_conflict
 from mora_serve.store.steps import (
-    READER_TTL_S,
     TERMINAL,
     Backlog,
     BatchState,
-    PairPart,
     RateState,
     SealedShard,
     ShardSpec,
@@ -30,43 +29,7 @@ from mora_serve.store.steps import (
 )
 
 
-@dataclass(slots=True)
-class _Shard:
-    spec: ShardSpec
-    rows: dict[int, StoredRow] = field(default_factory=dict)
-    token: int = 0
-    worker: str | None = None
-    expires_at: float = 0.0
-    sealed: SealedShard | None = None
-    tries: dict[int, tuple[int, int | None]] = field(default_factory=dict)
-    """Line -> number of tries, and the token of the last one."""
-
-    def leased(self, now: float) -> bool:
-        return self.worker is not None and self.expires_at > now
-
-
-@dataclass(slots=True)
-class _Batch:
-    state: BatchState
-    expires_at: float
-    shards: list[_Shard] = field(default_factory=list)
-    tail: list[dict[str, Any]] = field(default_factory=list)
-    parts: list[PairPart] = field(default_factory=list)
-    readers: dict[str, tuple[int, float]] = field(default_factory=dict)
-    claim_until: float = 0.0
-    claimer: str = ""
-    claims: int = 0
-    claim_tries: int = 0
-    postponed_at: float | None = None
-    last_leased: int = 0
-    outcome: str = "completed"
-    input_bytes: int = 0
-    input_rows: int = 0
-    working_since: float | None = None
-    ring: RateRing = field(default_factory=RateRing)
-
-
-class MemoryLedger(MemoryFiles, MemoryQuarantine):
+class MemoryLedger(MemoryFiles, MemoryPairs, MemoryQuarantine):
     """:class:`~mora_serve.store.steps.LedgerSteps` in dictionaries."""
 
     def __init__(
@@ -76,9 +39,9 @@ class MemoryLedger(MemoryFiles, MemoryQuarantine):
     ) -> None:
         """``trained_on`` names what active fine-tuning jobs read."""
         MemoryFiles.__init__(self, clock)
+        MemoryPairs.__init__(self, clock)
         MemoryQuarantine.__init__(self, clock)
         self._trained_on = trained_on
-        self._batches: dict[str, _Batch] = {}
         self._keys: dict[str, tuple[str, str]] = {}
         self._turn = 0
 
@@ -115,7 +78,7 @@ class MemoryLedger(MemoryFiles, MemoryQuarantine):
         batch_id = str(doc["id"])
         stored = {**doc, "created_at": int(now), "expires_at": int(now + window_s)}
         state = BatchState(doc=stored, options=dict(options), status="validating")
-        batch = _Batch(
+        batch = MemoryBatch(
             state, expires_at=now + window_s, input_bytes=input_bytes, input_rows=input_rows
         )
         self._batches[batch_id] = batch
@@ -131,10 +94,10 @@ class MemoryLedger(MemoryFiles, MemoryQuarantine):
 
     async def get_state(self, batch_id: str) -> BatchState | None:
         batch = self._batches.get(batch_id)
-        return None if batch is None else self._snapshot(batch)
+        return None if batch is None else batch.snapshot(self._clock())
 
     async def list_batches(self, *, after: str | None, limit: int) -> list[BatchState]:
-        states = [self._snapshot(batch) for batch in reversed(self._batches.values())]
+        states = [batch.snapshot(self._clock()) for batch in reversed(self._batches.values())]
         return page(states, lambda state: str(state.doc["id"]), after, limit)
 
     async def cancel(self, batch_id: str) -> bool:
@@ -162,11 +125,11 @@ class MemoryLedger(MemoryFiles, MemoryQuarantine):
         batch = self._batches.get(batch_id)
         if batch is None:
             return None
-        return self._snapshot(batch), RateState(self._since(batch), batch.ring.buckets)
+        return batch.snapshot(self._clock()), RateState(self._since(batch), batch.ring.buckets)
 
     async def unfinished(self) -> list[BatchState]:
         batches = self._batches.values()
-        return [self._snapshot(b) for b in batches if b.state.status not in TERMINAL]
+        return [b.snapshot(self._clock()) for b in batches if b.state.status not in TERMINAL]
 
     async def claim_validation(self, worker: str, ttl_s: float) -> tuple[str, int, int] | None:
         now = self._clock()
@@ -207,7 +170,7 @@ class MemoryLedger(MemoryFiles, MemoryQuarantine):
         batch = self._batches[batch_id]
         if batch.state.status != "validating":
             return False
-        batch.shards = [_Shard(spec) for spec in shards]
+        batch.shards = [MemoryShard(spec) for spec in shards]
         batch.state.total = total
         batch.state.input_blob = input_blob
         batch.claim_until = 0.0
@@ -357,41 +320,8 @@ class MemoryLedger(MemoryFiles, MemoryQuarantine):
         state.error_file_id = None if error is None else error[0]["id"]
         batch.shards, batch.ring = [], RateRing()
         self._enter(batch, batch.outcome)
-        self._trim(batch)
+        batch.trim(self._clock())
         return state.status
-
-    # pairs
-
-    async def tail(self, batch_id: str, after: int, limit: int) -> list[dict[str, Any]]:
-        tail = self._batches[batch_id].tail if batch_id in self._batches else []
-        skip = max(0, after + 1 - tail[0]["seq"]) if tail else 0
-        return [dict(pair) for pair in tail[skip : skip + limit]]
-
-    async def tail_length(self, batch_id: str) -> int:
-        return len(self._batches[batch_id].tail) if batch_id in self._batches else 0
-
-    async def add_pair_part(self, batch_id: str, part: PairPart) -> bool:
-        batch = self._batches[batch_id]
-        if part.first != batch.state.pairs_sealed or part.last >= batch.state.pairs:
-            return False
-        batch.parts.append(part)
-        batch.state.pairs_sealed = part.last + 1
-        self._trim(batch)
-        return True
-
-    async def pair_part(self, batch_id: str, seq: int) -> PairPart | None:
-        parts = self._batches[batch_id].parts if batch_id in self._batches else []
-        return next((part for part in parts if part.first <= seq <= part.last), None)
-
-    async def set_reader(self, batch_id: str, reader: str, position: int | None) -> None:
-        batch = self._batches.get(batch_id)
-        if batch is None:
-            return
-        if position is None:
-            batch.readers.pop(reader, None)
-        else:
-            batch.readers[reader] = (position, self._clock() + READER_TTL_S)
-        self._trim(batch)
 
     # internal
 
@@ -411,23 +341,10 @@ class MemoryLedger(MemoryFiles, MemoryQuarantine):
                 state.pairs_removed = True
                 self._discard(f"batches/{batch_id}/pairs/")
 
-    def _since(self, batch: _Batch) -> float:
+    def _since(self, batch: MemoryBatch) -> float:
         return self._clock() if batch.working_since is None else batch.working_since
 
-    def _snapshot(self, batch: _Batch) -> BatchState:
-        state = batch.state
-        return replace(
-            state,
-            doc=dict(state.doc),
-            options=dict(state.options),
-            stamps=dict(state.stamps),
-            errors=list(state.errors),
-            usage=dict(state.usage),
-            classes=dict(state.classes),
-            now=self._clock(),
-        )
-
-    def _enter(self, batch: _Batch, status: str) -> None:
+    def _enter(self, batch: MemoryBatch, status: str) -> None:
         batch.state.status = status
         batch.state.version += 1
         batch.state.stamps[f"{status}_at"] = int(self._clock())
@@ -435,7 +352,7 @@ class MemoryLedger(MemoryFiles, MemoryQuarantine):
             for name in ("rows", "duplicates", "input"):
                 self._discard(f"batches/{batch.state.doc['id']}/{name}/")
 
-    def _lease(self, batch: _Batch, index: int, worker: str, ttl_s: float) -> Lease:
+    def _lease(self, batch: MemoryBatch, index: int, worker: str, ttl_s: float) -> Lease:
         shard = batch.shards[index]
         shard.token += 1
         shard.worker = worker
@@ -446,7 +363,7 @@ class MemoryLedger(MemoryFiles, MemoryQuarantine):
             tries={line: count for line, (count, _) in shard.tries.items()},
         )  # fmt: skip
 
-    def _held(self, lease: Lease) -> tuple[_Batch, _Shard | None]:
+    def _held(self, lease: Lease) -> tuple[MemoryBatch, MemoryShard | None]:
         batch = self._batches[lease.batch_id]
         if lease.shard >= len(batch.shards):
             return batch, None
@@ -454,7 +371,7 @@ class MemoryLedger(MemoryFiles, MemoryQuarantine):
         held = shard.worker is not None and shard.token == lease.token and shard.sealed is None
         return batch, shard if held else None
 
-    def _close_if_due(self, batch: _Batch, now: float) -> None:
+    def _close_if_due(self, batch: MemoryBatch, now: float) -> None:
         state = batch.state
         if state.closed:
             return
@@ -469,10 +386,3 @@ class MemoryLedger(MemoryFiles, MemoryQuarantine):
             self._enter(batch, "finalizing")
         if state.closed:
             batch.claim_until = 0.0
-
-    def _trim(self, batch: _Batch) -> None:
-        now = self._clock()
-        positions = [seq + 1 for seq, until in batch.readers.values() if until > now]
-        keep_from = min([batch.state.pairs_sealed, *positions])
-        if batch.tail:
-            del batch.tail[: max(0, keep_from - batch.tail[0]["seq"])]
