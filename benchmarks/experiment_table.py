@@ -12,10 +12,10 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
+from mora_serve.bootstrap import Estimate
 from mora_serve.evaluation import (
     OVERALL,
     DimensionChange,
-    Estimate,
     Evaluation,
     VersionSample,
     evaluate_versions,

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mora_serve.bootstrap import Bootstrap, Estimate
 from mora_serve.client import Client
 from mora_serve.errors import MoraError
-from mora_serve.evaluation import Bootstrap, Estimate
 from mora_serve.jobs import fetch_results
 
 Json = dict[str, Any]

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mora_serve import __version__
+from mora_serve.bootstrap import CONFIDENCE, NUM_RESAMPLES
 from mora_serve.calibration import Calibrator
 from mora_serve.calibrators import SHIPPED, fake_calibrator
 from mora_serve.client import Client
 from mora_serve.divergence import DivergenceMeter, DivergenceSettings, RunCommand
 from mora_serve.errors import MoraError
 from mora_serve.evaluation import (
-    CONFIDENCE,
-    NUM_RESAMPLES,
     Comparison,
     Evaluation,
     VersionSample,

@@ -197,7 +197,7 @@ def _evaluation(summary: Json) -> str:
             name, d["change"], d["low"], d["high"], class_series(f"single:{name}", [*items])
         )
         for name, d in items.items()
-        if d["change"] is not None
+        if d["low"] is not None
     ]
     rows = [
         [

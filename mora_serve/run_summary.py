@@ -12,15 +12,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from mora_serve import __version__
+from mora_serve.bootstrap import CONFIDENCE, Bootstrap
 
 Json = dict[str, Any]
-NUM_RESAMPLES = 4000
-CONFIDENCE = 0.95
 MARGIN_KEYS = ("rewards/margins", "margin", "rewards_margins")
 LOSS_KEYS = ("loss", "train_loss")
 
@@ -92,28 +90,21 @@ def summarise(run: Collected) -> Json:
 def change(before: Sequence[Json], after: Sequence[Json], dimension: str, seed: int) -> Json:
     """Paired change of mean reward on ``dimension``; ``None`` figures when nothing is valid.
 
-    Prompts count that have a mean under both versions.
+    Prompts count that have a mean under both versions. One prompt has no interval, so its change is
+    within noise.
     """
     pairs = [(_mean(b, dimension), _mean(a, dimension)) for b, a in zip(before, after, strict=True)]
-    kept = np.array([(b, a) for b, a in pairs if b is not None and a is not None])
-    if len(kept) == 0:
-        return dict.fromkeys(("before", "after", "change", "se", "low", "high", "within_noise")) | {
-            "num_prompts": 0
-        }
-    differences = kept[:, 1] - kept[:, 0]
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(differences), size=(NUM_RESAMPLES, len(differences)))
-    means = differences[draws].mean(axis=1)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = (float(v) for v in np.percentile(means, [tail, 100 - tail]))
+    kept = [(b, a) for b, a in pairs if b is not None and a is not None]
+    found = Bootstrap(seed).mean([a - b for b, a in kept])
+    within_noise = found.low is None or found.high is None or found.low <= 0 <= found.high
     return {
-        "before": float(kept[:, 0].mean()),
-        "after": float(kept[:, 1].mean()),
-        "change": float(differences.mean()),
-        "se": float(means.std(ddof=1)),
-        "low": low,
-        "high": high,
-        "within_noise": low <= 0 <= high,
+        "before": fmean(b for b, _ in kept) if kept else None,
+        "after": fmean(a for _, a in kept) if kept else None,
+        "change": found.value,
+        "se": found.se,
+        "low": found.low,
+        "high": found.high,
+        "within_noise": within_noise if kept else None,
         "num_prompts": len(kept),
     }
 
@@ -292,4 +283,4 @@ def _mean(diagnostic: Json, dimension: str) -> float | None:
 
 def _average(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    return fmean(known) if known else None

@@ -43,6 +43,7 @@ def test_standard_error_is_that_of_the_mean_difference() -> None:
 def test_prompts_without_a_mean_on_either_side_do_not_count() -> None:
     figures = change(series(0.0, None, 1.0), series(1.0, 9.0, None), "helpful", seed=0)
     assert (figures["num_prompts"], figures["change"]) == (1, 1.0)
+    assert (figures["low"], figures["within_noise"]) == (None, True)
 
 
 def test_nothing_measured_is_null_and_not_zero() -> None:

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mora_serve.bootstrap import Bootstrap
 from mora_serve.errors import MoraError
 from mora_serve.evaluation import (
     NO_DIFFERENCE,
     OVERALL,
     Answer,
-    Bootstrap,
     Evaluation,
     PromptSample,
     VersionSample,
