@@ -20,36 +20,36 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.experiment_arms import ARMS, BASE, BATCHES, Arms, Design
-from benchmarks.experiment_cells import Cells
+from benchmarks.experiment_arms import ARMS, BASE, BATCHES, Arms, Design, stored_answers
+from benchmarks.experiment_cells import CONFIGURATION, Cells
+from benchmarks.experiment_judge import judge
 from benchmarks.experiment_table import (
     PAPER,
     Samples,
     compare_arms,
+    confirmations,
     control_rates,
     kl_lines,
     rate_lines,
     table_lines,
 )
-from benchmarks.stack import CACHE, running
+from benchmarks.experiment_thresholds import KINDS, threshold_lines
+from benchmarks.stack import running
 from mora_serve.cli.common import read_prompts
 from mora_serve.client import Client
 from mora_serve.config import Settings, load_settings
 from mora_serve.demo import DEMO_PROMPTS
 from mora_serve.divergence import DivergenceSettings
 from mora_serve.errors import MoraError
-from mora_serve.evaluation import Answer, VersionSample
+from mora_serve.evaluation import VersionSample
 from mora_serve.evaluation_run import shipped_calibrators
 from mora_serve.identity import content_hash
-from mora_serve.pool_statistics import robust_scale
-from mora_serve.preference_pairs import score_rows
 from mora_serve.settings_sources import read_yaml
 from mora_serve.version_sampling import sample_of
 
@@ -69,10 +69,11 @@ def main() -> int:
     )
     overrides = {**tried, "data_dir": str((args.out / "state").resolve())}
     expected = divergence_settings(load_settings(args.profile, overrides=tried))
-    if not is_complete(cells, design, with_kl=expected is not None):
+    with_kl = expected is not None and not args.no_kl
+    if not is_complete(cells, design, with_kl=with_kl):
         try:
             with running(args.profile, overrides) as stack:
-                kl = divergence_settings(stack.settings)
+                kl = divergence_settings(stack.settings) if with_kl else None
                 Arms(Client(stack.url), design, cells, _note, kl=kl).run()
         except KeyboardInterrupt:
             _note("stopped; the same command goes on from here")
@@ -80,7 +81,7 @@ def main() -> int:
     samples = load_samples(cells, design)
     judged = None
     if args.judge_heads is not None:
-        judged = judge(cells, design, args.judge_heads)
+        judged = judge(cells, design, args.judge_heads, _note)
     write_results(args.out, cells, design, samples, judged)
     return 0
 
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--learning-rate-multiplier", type=float, default=4.0)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--no-kl", action="store_true", help="spare a minute and more per arm")
     parser.add_argument("--judge-heads", type=Path, help="directory of other heads")
     parser.add_argument("--profile", default="embedded")
     parser.add_argument("--config", type=Path, help="YAML over the profile: other thresholds ...")
@@ -178,21 +180,18 @@ def _halves(prompts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def is_complete(cells: Cells, design: Design, *, with_kl: bool) -> bool:
-    """Whether every held-out answer is there, and every KL, so that no stack is needed."""
-    names = [f"answers-{arm}" for arm in (BASE, *ARMS)]
+    """Whether every batch and held-out answer is there, and KL, so that no stack is needed."""
+    names = [*(f"batch-{kind}" for kind in (*BATCHES, "more"))]
+    names += [f"answers-{arm}" for arm in (BASE, *ARMS)]
     names += [f"kl-{arm}" for arm in ARMS if with_kl]
-    return all(
-        (cells.root / f"seed-{seed}/{name}.json").exists()
-        for seed in design.seeds
-        for name in names
-    )
+    return all(cells.has(f"seed-{seed}/{name}") for seed in design.seeds for name in names)
 
 
 def load_samples(cells: Cells, design: Design) -> Samples:
     """Every arm's held-out answers with the scores of the scorer that was trained against."""
 
     def sample(seed: int, arm: str) -> VersionSample:
-        data = _answers(cells, seed, arm)
+        data = stored_answers(cells, seed, arm)
         plain = sample_of(arm, data, None)
         for calibrator in shipped_calibrators(tuple(plain.scorers)):
             try:
@@ -205,124 +204,15 @@ def load_samples(cells: Cells, design: Design) -> Samples:
     return {arm: [sample(seed, arm) for seed in design.seeds] for arm in (BASE, *ARMS)}
 
 
-def _answers(cells: Cells, seed: int, arm: str) -> list[Json]:
-    content = json.loads((cells.root / f"seed-{seed}/answers-{arm}.json").read_text("utf-8"))
-    found: list[Json] = content["data"]
-    return found
-
-
-# --- the second scorer --------------------------------------------------------------------------
-
-
-def judge(cells: Cells, design: Design, heads: Path) -> Samples:
-    """The same answers scored by other heads."""
-    name = content_hash({file.name: file.read_bytes().hex() for file in _files(heads)})[:12]
-
-    def scores(seed: int, arm: str, client: Client | None) -> Json:
-        def make() -> Json:
-            assert client is not None
-            _note(f"seed {seed}: answers of {arm} before the second scorer")
-            return {"raw": second_scores(client, _answers(cells, seed, arm))}
-
-        return cells(f"seed-{seed}/judge-{name}-{arm}", make)
-
-    places = [(seed, arm) for seed in design.seeds for arm in (BASE, *ARMS)]
-    missing = [
-        p for p in places if not (cells.root / f"seed-{p[0]}/judge-{name}-{p[1]}.json").exists()
-    ]
-    if missing:
-        with _judging(heads) as client:
-            for seed, arm in missing:
-                scores(seed, arm, client)
-    raw = {(seed, arm): scores(seed, arm, None)["raw"] for seed, arm in places}
-    scale = _pool_scale([raw[seed, BASE] for seed in design.seeds])
-    return {
-        arm: [
-            with_scores(
-                sample_of(arm, _answers(cells, seed, arm), None), raw[seed, arm], scale, name
-            )
-            for seed in design.seeds
-        ]
-        for arm in (BASE, *ARMS)
-    }
-
-
-def _files(heads: Path) -> list[Path]:
-    if not (heads / "heads.safetensors").is_file():
-        raise MoraError(f"--judge-heads must be a directory of heads, got {heads}")
-    return [heads / "heads.safetensors"]
-
-
-@contextmanager
-def _judging(heads: Path) -> Iterator[Client]:
-    """A stack that scores with other heads and samples nothing."""
-    settings = load_settings("embedded")
-    path = str((CACHE / "models" / settings.policy.model).resolve())
-    scorer = {
-        "name": "judge", "backend": "heads", "dimensions": list(settings.dimensions),
-        "heads": str(heads.resolve()), "model": path,
-    }  # fmt: skip
-    overrides = {
-        "policy": {"backend": "fake", "path": path},
-        "scorers": [scorer],
-        "method": {"calibrator": "identity"},
-    }
-    with running("embedded", overrides) as stack:
-        yield Client(stack.url)
-
-
-def second_scores(client: Client, data: Sequence[Json]) -> list[list[dict[str, float | None]]]:
-    """Raw rewards by prompt, answer and dimension; ``None`` where a score is not valid."""
-    rows = [(item["prompt"], roll["text"]) for item in data for roll in item["rollouts"] or []]
-    flat: dict[int, dict[str, float | None]] = {
-        index: {k: score.raw if score.status == "ok" else None for k, score in scores.items()}
-        for index, scores in score_rows(client, rows)
-    }
-    ordered = iter([flat[index] for index in range(len(rows))])
-    return [[next(ordered) for _ in item["rollouts"] or []] for item in data]
-
-
-def _pool_scale(pools: Sequence[Any]) -> dict[str, tuple[float, float]]:
-    """Median and robust scale of the base's rewards by dimension, all seeds together."""
-    import numpy as np
-
-    rewards: dict[str, list[float]] = {}
-    for row in (row for pool in pools for prompt in pool for row in prompt):
-        for name, value in row.items():
-            if value is not None:
-                rewards.setdefault(name, []).append(value)
-    return {name: robust_scale(np.array(values), name) for name, values in rewards.items()}
-
-
-def with_scores(
-    sample: VersionSample,
-    raw: Sequence[Sequence[Mapping[str, float | None]]],
-    scale: Mapping[str, tuple[float, float]],
-    revision: str,
-) -> VersionSample:
-    """The sample with other scores in place of its own."""
-    prompts = []
-    for prompt, rows in zip(sample.prompts, raw, strict=True):
-        answers = []
-        for answer, row in zip(prompt.answers, rows, strict=True):
-            z = {k: (v - scale[k][0]) / scale[k][1] for k, v in row.items() if v is not None}
-            answers.append(Answer(z, {}, answer.num_tokens, answer.is_cut))
-        prompts.append(replace(prompt, answers=tuple(answers)))
-    return VersionSample(sample.name, tuple(prompts), dict.fromkeys(scale, ("judge", revision)))
-
-
 def load_divergences(cells: Cells, design: Design) -> dict[str, list[Json]]:
     """KL to the base by arm, one of every seed that measured it."""
     found: dict[str, list[Json]] = {}
     for arm in ARMS:
-        places = [cells.root / f"seed-{seed}/kl-{arm}.json" for seed in design.seeds]
-        measured = [json.loads(place.read_text("utf-8")) for place in places if place.exists()]
+        names = [f"seed-{seed}/kl-{arm}" for seed in design.seeds]
+        measured = [cells.read(name) for name in names if cells.has(name)]
         if measured:
             found[arm] = measured
     return found
-
-
-# --- results ------------------------------------------------------------------------------------
 
 
 def write_results(
@@ -330,10 +220,7 @@ def write_results(
 ) -> None:
     """``results.json`` and ``table.md``; the table is printed too."""
     batches = {
-        seed: {
-            kind: json.loads((cells.root / f"seed-{seed}/batch-{kind}.json").read_text("utf-8"))
-            for kind in (*BATCHES, "more")
-        }
+        seed: {kind: cells.read(f"seed-{seed}/batch-{kind}") for kind in (*BATCHES, "more")}
         for seed in design.seeds
     }
     rates = control_rates(batches)
@@ -355,12 +242,19 @@ def write_results(
         results[title] = {"evaluation": asdict(found), "by_seed": by_seed}
     divergences = load_divergences(cells, design)
     results["kl"] = divergences
-    lines += [*kl_lines(divergences), *rate_lines(rates)]
+    lines += [*kl_lines(divergences), *rate_lines(rates), *_thresholds(cells, batches)]
     lines.append(PAPER)
     (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
     text = json.dumps(results, ensure_ascii=False, allow_nan=False)
     (out / "results.json").write_text(text + "\n", "utf-8")
     print("\n".join(lines))
+
+
+def _thresholds(cells: Cells, batches: Mapping[int, Mapping[str, Json]]) -> list[str]:
+    known = json.loads((cells.root / CONFIGURATION).read_text("utf-8"))
+    method = load_settings(known["profile"], overrides=known["config"]).method
+    found = {kind: confirmations(batches, kind) for kind in KINDS}
+    return threshold_lines(found, confidence=method.confidence, min_gain=method.min_gain)
 
 
 def _note(text: str) -> None:

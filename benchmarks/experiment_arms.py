@@ -253,14 +253,17 @@ class Arms:
             )
         lines = self._client.ndjson("GET", f"/v1/files/{batch['output_file_id']}/content")
         bodies = {line["custom_id"]: line["response"]["body"] for line in lines}
-        tried = [body for body in bodies.values() if _was_confirmed(body)]
         return {
             "batch_id": batch["id"],
             "rollouts": batch["usage"]["rollouts"],
             "failed": batch["request_counts"]["failed"],
             "classes": {name: body["original"]["class"] for name, body in bodies.items()},
-            "confirmed": len(tried),
-            "accepted": sum(body["accepted"] is not None for body in tried),
+            "confirmations": [
+                {**tried["confirmation"], "gain": tried["gain"], "reason": tried["reason"]}
+                for body in bodies.values()
+                for tried in body["candidates"]
+                if tried["confirmation"] is not None
+            ],
             "no_pairs": dict(sum((Counter(b["no_pairs"]) for b in bodies.values()), Counter())),
             "pairs": list(self._client.ndjson("GET", f"{path}/pairs")),
         }
@@ -346,6 +349,12 @@ class _ServedVersion(Served):
         return self
 
 
+def stored_answers(cells: Cells, seed: int, arm: str) -> list[Json]:
+    """Held-out answers of an arm, as diagnostics with rollouts."""
+    found: list[Json] = cells.read(f"seed-{seed}/answers-{arm}")["data"]
+    return found
+
+
 def chosen_pairs(pairs: Sequence[Json], num: int, seed: int) -> list[Json]:
     """``num`` pairs drawn without replacement, in their order."""
     places = sorted(random.Random(seed).sample(range(len(pairs)), num))
@@ -356,8 +365,3 @@ def share_of(total: int, place: int, stages: Sequence[str]) -> int:
     """How much of ``total`` stage ``place`` gets; the shares add up, and none is 0."""
     each, left = divmod(total, len(stages))
     return max(1, each + (place < left))
-
-
-def _was_confirmed(body: Json) -> bool:
-    """Whether a rewrite of the row was decided on fresh rollouts."""
-    return any(candidate["confirmation"] is not None for candidate in body["candidates"])

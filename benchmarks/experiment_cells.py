@@ -41,12 +41,23 @@ class Cells:
 
     def __call__(self, name: str, make: Callable[[], Json]) -> Json:
         """The content of the cell, made now unless it is there."""
-        place = self.root / f"{name}.json"
-        if not place.exists():
+        if not self.has(name):
+            place = self._place(name)
             place.parent.mkdir(parents=True, exist_ok=True)
             _write(place, make())
-        found: Json = json.loads(place.read_text("utf-8"))
+        return self.read(name)
+
+    def has(self, name: str) -> bool:
+        """Whether the cell is finished."""
+        return self._place(name).exists()
+
+    def read(self, name: str) -> Json:
+        """The content of a finished cell."""
+        found: Json = json.loads(self._place(name).read_text("utf-8"))
         return found
+
+    def _place(self, name: str) -> Path:
+        return self.root / f"{name}.json"
 
 
 def _write(place: Path, content: Mapping[str, Any]) -> None:

@@ -92,9 +92,9 @@ def control_rates(batches: Mapping[int, Mapping[str, Json]]) -> Json:
     """
     rates: Json = {}
     for kind in ("null", "mora"):
-        confirmed = sum(each[kind]["confirmed"] for each in batches.values())
-        accepted = sum(each[kind]["accepted"] for each in batches.values())
-        rates[f"{kind}_acceptance"] = _rate(accepted, confirmed)
+        found = confirmations(batches, kind)
+        accepted = sum(item["reason"] == "accepted" for item in found)
+        rates[f"{kind}_acceptance"] = _rate(accepted, len(found))
     same = both = total = 0
     for a, b in combinations([each["mora"]["classes"] for each in batches.values()], 2):
         for name in a.keys() & b.keys():
@@ -120,6 +120,11 @@ def control_rates(batches: Mapping[int, Mapping[str, Json]]) -> Json:
             for kind in next(iter(batches.values()))
         },
     }
+
+
+def confirmations(batches: Mapping[int, Mapping[str, Json]], kind: str) -> list[Json]:
+    """Every confirmation of a kind of batch, over all seeds."""
+    return [item for each in batches.values() for item in each[kind]["confirmations"]]
 
 
 def kl_lines(divergences: Mapping[str, Sequence[Json]]) -> list[str]:

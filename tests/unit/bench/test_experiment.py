@@ -13,6 +13,7 @@ import pytest
 from benchmarks import experiment
 from benchmarks.experiment_arms import ARMS, BASE, Arms, Design, chosen_pairs, share_of
 from benchmarks.experiment_cells import Cells
+from benchmarks.experiment_judge import second_scores, with_scores
 from benchmarks.experiment_table import control_rates
 from mora_serve.client import Client
 from mora_serve.divergence import DivergenceSettings
@@ -74,6 +75,7 @@ def test_arms_differ_in_their_pairs_and_in_nothing_else(
 ) -> None:
     client = Client(service.url)
     assert experiment.is_complete(done, design, with_kl=True)
+    assert not experiment.is_complete(done, replace(design, seeds=(0, 7)), with_kl=False)
     sizes = set()
     for arm in ("plain", "more", "unmeasured", "simultaneous"):
         job = client.get(f"/v1/fine_tuning/jobs/{cell(done, f'seed-0/{arm}-job')['job_id']}")
@@ -84,7 +86,8 @@ def test_arms_differ_in_their_pairs_and_in_nothing_else(
     assert sizes == {6}
     plain, more, mora = (cell(done, f"seed-0/batch-{kind}") for kind in ("plain", "more", "mora"))
     assert plain["rollouts"] < mora["rollouts"] <= more["rollouts"] + len(design.prompts)
-    assert (plain["confirmed"], more["confirmed"]) == (0, 0)
+    assert (plain["confirmations"], more["confirmations"]) == ([], [])
+    assert {item["reason"] for item in mora["confirmations"]} >= {"accepted"}
     unmeasured = cell(done, "seed-0/batch-all")
     rewritten = [p for p in unmeasured["pairs"] if p["provenance"]["strategy"]]
     assert rewritten
@@ -164,7 +167,7 @@ def test_the_table_has_every_arm_with_both_scorers_the_rates_and_the_papers_figu
 ) -> None:
     samples = experiment.load_samples(done, design)
     raw = {
-        (seed, arm): experiment.second_scores(
+        (seed, arm): second_scores(
             Client(service.url), cell(done, f"seed-{seed}/answers-{arm}")["data"]
         )
         for seed in SEEDS
@@ -173,7 +176,7 @@ def test_the_table_has_every_arm_with_both_scorers_the_rates_and_the_papers_figu
     scale = dict.fromkeys(design.dimensions, (0.0, 2.0))
     judged = {
         arm: [
-            experiment.with_scores(sample, raw[seed, arm], scale, "r2")
+            with_scores(sample, raw[seed, arm], scale, "r2")
             for seed, sample in zip(SEEDS, samples[arm], strict=True)
         ]
         for arm in samples
@@ -181,7 +184,15 @@ def test_the_table_has_every_arm_with_both_scorers_the_rates_and_the_papers_figu
     experiment.write_results(done.root, done, design, samples, judged)
     text = (done.root / "table.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
-    for part in (*ARMS, "overall", "null strategy accepted", "class repeats", "+4.6 %", "per seed"):
+    for part in (
+        *ARMS,
+        "overall",
+        "null strategy accepted",
+        "class repeats",
+        "+4.6 %",
+        "per seed",
+        "at other thresholds",
+    ):
         assert part in text
     assert text.count("### Judged by") == 2
     results = json.loads((done.root / "results.json").read_text())
@@ -195,9 +206,8 @@ def test_the_table_has_every_arm_with_both_scorers_the_rates_and_the_papers_figu
 def test_classes_of_two_seeds_are_a_retest() -> None:
     def batch(**classes: str) -> dict[str, Any]:
         pairs = [{"provenance": {"strategy": strategy}} for strategy in (None, "compose")]
-        return {
-            "classes": classes, "confirmed": 10, "accepted": 1, "rollouts": 5, "pairs": pairs
-        }  # fmt: skip
+        tried = [{"reason": "accepted"}, *9 * [{"reason": "gain"}]]
+        return {"classes": classes, "confirmations": tried, "rollouts": 5, "pairs": pairs}
 
     rates = control_rates(
         {
