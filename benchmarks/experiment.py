@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.experiment_arms import ARMS, BASE, BATCHES, Arms, Design, stored_answers
-from benchmarks.experiment_cells import CONFIGURATION, Cells
+from benchmarks.experiment_cells import Cells
 from benchmarks.experiment_judge import judge
 from benchmarks.experiment_table import (
     PAPER,
@@ -43,7 +43,7 @@ from benchmarks.experiment_thresholds import KINDS, threshold_lines
 from benchmarks.stack import running
 from mora_serve.cli.common import read_prompts
 from mora_serve.client import Client
-from mora_serve.config import Settings, load_settings
+from mora_serve.config import MethodSettings, Settings, load_settings
 from mora_serve.demo import DEMO_PROMPTS
 from mora_serve.divergence import DivergenceSettings
 from mora_serve.errors import MoraError
@@ -68,8 +68,8 @@ def main() -> int:
         f"{design.num_steps} steps"
     )
     overrides = {**tried, "data_dir": str((args.out / "state").resolve())}
-    expected = divergence_settings(load_settings(args.profile, overrides=tried))
-    with_kl = expected is not None and not args.no_kl
+    settings = load_settings(args.profile, overrides=tried)
+    with_kl = divergence_settings(settings) is not None and not args.no_kl
     if not is_complete(cells, design, with_kl=with_kl):
         try:
             with running(args.profile, overrides) as stack:
@@ -82,7 +82,7 @@ def main() -> int:
     judged = None
     if args.judge_heads is not None:
         judged = judge(cells, design, args.judge_heads, _note)
-    write_results(args.out, cells, design, samples, judged)
+    write_results(args.out, cells, design, samples, judged, settings.method)
     return 0
 
 
@@ -216,7 +216,12 @@ def load_divergences(cells: Cells, design: Design) -> dict[str, list[Json]]:
 
 
 def write_results(
-    out: Path, cells: Cells, design: Design, samples: Samples, judged: Samples | None
+    out: Path,
+    cells: Cells,
+    design: Design,
+    samples: Samples,
+    judged: Samples | None,
+    method: MethodSettings,
 ) -> None:
     """``results.json`` and ``table.md``; the table is printed too."""
     batches = {
@@ -240,21 +245,19 @@ def write_results(
         found, by_seed = compare_arms(arms, n)
         lines += table_lines(found, by_seed, f"Judged by {title}")
         results[title] = {"evaluation": asdict(found), "by_seed": by_seed}
+    thresholds = threshold_lines(
+        {kind: confirmations(batches, kind) for kind in KINDS},
+        confidence=method.confidence,
+        min_gain=method.min_gain,
+    )
     divergences = load_divergences(cells, design)
     results["kl"] = divergences
-    lines += [*kl_lines(divergences), *rate_lines(rates), *_thresholds(cells, batches)]
+    lines += [*kl_lines(divergences), *rate_lines(rates), *thresholds]
     lines.append(PAPER)
     (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
     text = json.dumps(results, ensure_ascii=False, allow_nan=False)
     (out / "results.json").write_text(text + "\n", "utf-8")
     print("\n".join(lines))
-
-
-def _thresholds(cells: Cells, batches: Mapping[int, Mapping[str, Json]]) -> list[str]:
-    known = json.loads((cells.root / CONFIGURATION).read_text("utf-8"))
-    method = load_settings(known["profile"], overrides=known["config"]).method
-    found = {kind: confirmations(batches, kind) for kind in KINDS}
-    return threshold_lines(found, confidence=method.confidence, min_gain=method.min_gain)
 
 
 def _note(text: str) -> None:

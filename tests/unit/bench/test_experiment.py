@@ -181,7 +181,7 @@ def test_the_table_has_every_arm_with_both_scorers_the_rates_and_the_papers_figu
         ]
         for arm in samples
     }
-    experiment.write_results(done.root, done, design, samples, judged)
+    experiment.write_results(done.root, done, design, samples, judged, service.settings.method)
     text = (done.root / "table.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
     for part in (
