@@ -31,26 +31,45 @@ Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
 FLAG: Schema = {"type": "boolean"}
 ANY_OBJECT: Schema = {"type": "object"}
-OBJECTS: Schema = {"type": "array", "items": ANY_OBJECT}
 STRINGS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+LABEL: Schema = {
+    "type": "string",
+    "pattern": "^([A-Za-z0-9]([-._A-Za-z0-9]*[A-Za-z0-9])?)?$",
+    "maxLength": 63,
+}
+LABELS: Schema = {"type": "object", "additionalProperties": LABEL}
+# Fractions are strings: an API server takes no other number for a resource of a RayService.
 QUANTITY: Schema = {
-    "type": ["string", "number"],
+    "type": ["string", "integer"],
     "pattern": r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$",
+    "minimum": 0,
+}
+QUANTITIES: Schema = {
+    "type": "object",
+    "additionalProperties": False,
+    "patternProperties": {"^(cpu|memory|ephemeral-storage|hugepages-.+|.+/.+)$": QUANTITY},
 }
 DIGEST: Schema = {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"}
 PULL_POLICY: Schema = {"enum": ["Always", "IfNotPresent", "Never"]}
-NAME: Schema = {"type": "string", "pattern": r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$"}
-KEY: Schema = {"type": "string", "pattern": r"^[-._a-zA-Z0-9]+$"}
+NAME: Schema = {
+    "type": "string",
+    "pattern": r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$",
+    "maxLength": 253,
+}
+LABEL_NAME: Schema = {**NAME, "maxLength": 63}
+"""A name that is also the value of a label."""
+PULL_SECRETS: Schema = {"type": "array", "items": NAME, "uniqueItems": True}
+KEY: Schema = {"type": "string", "pattern": r"^[-._a-zA-Z0-9]+$", "maxLength": 253}
+# Several pods mount a volume, two clusters' pods during an upgrade: never ReadWriteOncePod.
 ACCESS_MODES: Schema = {
     "type": "array",
     "minItems": 1,
-    "items": {"enum": ["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"]},
+    "items": {"enum": ["ReadWriteOnce", "ReadWriteMany"]},
 }
 
 
-def whole(minimum: int = 0, maximum: int | None = None) -> Schema:
-    bound = {} if maximum is None else {"maximum": maximum}
-    return {"type": "integer", "minimum": minimum, **bound}
+def whole(minimum: int = 0, maximum: int = 2**31 - 1) -> Schema:
+    return {"type": "integer", "minimum": minimum, "maximum": maximum}
 
 
 def section(**properties: Schema) -> Schema:
@@ -61,23 +80,69 @@ def choice(*values: str) -> Schema:
     return {"enum": list(values)}
 
 
-RESOURCES = section(
-    requests={"type": "object", "additionalProperties": QUANTITY},
-    limits={"type": "object", "additionalProperties": QUANTITY},
+def ref(name: str) -> Schema:
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def listed(item: Schema) -> Schema:
+    return {"type": "array", "items": item}
+
+
+RESOURCES = section(requests=QUANTITIES, limits=QUANTITIES)
+# An API server drops unknown fields of a RayService's pods: a misspelt one would have no effect.
+TOLERATION = section(
+    key=TEXT,
+    operator=choice("Exists", "Equal", "Lt", "Gt"),
+    value=TEXT,
+    effect=choice("", "NoSchedule", "PreferNoSchedule", "NoExecute"),
+    tolerationSeconds=whole(),
 )
-SCHEDULING = {
-    "nodeSelector": STRINGS,
-    "tolerations": OBJECTS,
-    "affinity": ANY_OBJECT,
+AFFINITY = section(nodeAffinity=ANY_OBJECT, podAffinity=ANY_OBJECT, podAntiAffinity=ANY_OBJECT)
+SPREAD: Schema = {
+    **section(
+        maxSkew=whole(1),
+        topologyKey=TEXT,
+        whenUnsatisfiable=choice("DoNotSchedule", "ScheduleAnyway"),
+        labelSelector=ANY_OBJECT,
+        matchLabelKeys=listed(TEXT),
+        minDomains=whole(1),
+        nodeAffinityPolicy=choice("Honor", "Ignore"),
+        nodeTaintsPolicy=choice("Honor", "Ignore"),
+    ),
+    "required": ["maxSkew", "topologyKey", "whenUnsatisfiable"],
+}
+SCHEDULING: dict[str, Schema] = {
+    "nodeSelector": LABELS,
+    "tolerations": listed(ref("toleration")),
+    "affinity": ref("affinity"),
     "priorityClassName": NAME,
 }
+SECURITY = section(
+    runAsNonRoot=FLAG,
+    runAsUser=whole(),
+    runAsGroup=whole(),
+    fsGroup=whole(),
+    fsGroupChangePolicy=choice("OnRootMismatch", "Always"),
+    supplementalGroups=listed(whole()),
+    supplementalGroupsPolicy=choice("Merge", "Strict"),
+    seccompProfile=section(
+        type=choice("RuntimeDefault", "Localhost", "Unconfined"), localhostProfile=TEXT
+    ),
+    seLinuxOptions=section(user=TEXT, role=TEXT, type=TEXT, level=TEXT),
+    seLinuxChangePolicy=choice("MountOption", "Recursive"),
+    appArmorProfile=section(
+        type=choice("RuntimeDefault", "Localhost", "Unconfined"), localhostProfile=TEXT
+    ),
+)
+"""Of a pod: any of its fields can be null, since some platforms choose users themselves."""
+PEER = section(podSelector=ANY_OBJECT, namespaceSelector=ANY_OBJECT, ipBlock=ANY_OBJECT)
 POD = {
     **SCHEDULING,
     "resources": RESOURCES,
     "shmSize": QUANTITY,
     "runtimeClassName": NAME,
     "podAnnotations": STRINGS,
-    "podLabels": STRINGS,
+    "podLabels": LABELS,
 }
 TRAINERS = section(
     enabled=FLAG,
@@ -85,31 +150,35 @@ TRAINERS = section(
     maxReplicas=whole(1),
     gpus=whole(),
     idleTimeoutSeconds=whole(1),
-    topologySpreadConstraints=OBJECTS,
-    env={"type": "array", "items": {"$ref": "#/$defs/variable"}},
+    topologySpreadConstraints=listed(ref("spread")),
+    env=listed(ref("variable")),
     **POD,
 )
 GROUP = section(**TRAINERS["properties"], pdbMinAvailable=whole())
 """Trainers come and go: a budget of theirs would hold up every node's drain."""
 VARIABLE: Schema = {
     **section(
-        # MORA_* would be read as settings, which belong into `config`; KubeRay refuses the others.
-        name={
-            "type": "string",
-            "pattern": "^[A-Za-z_][A-Za-z0-9_]*$",
-            "not": {
-                "pattern": "^(MORA_|(REDIS_PASSWORD|REDIS_USERNAME|RAY_REDIS_ADDRESS"
-                "|RAY_enable_autoscaler_v2)$)"
-            },
-        },
+        name={"type": "string", "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"},
         value=TEXT,
-        valueFrom=ANY_OBJECT,
+        valueFrom=section(
+            secretKeyRef=ANY_OBJECT,
+            configMapKeyRef=ANY_OBJECT,
+            fieldRef=ANY_OBJECT,
+            resourceFieldRef=ANY_OBJECT,
+        ),
     ),
     "required": ["name"],
 }
-IMAGE = {"repository": {"type": "string", "minLength": 1}, "tag": TEXT, "digest": DIGEST}
+IMAGE: dict[str, Schema] = {
+    "repository": {
+        "type": "string",
+        "pattern": r"^([-.A-Za-z0-9]+(:[0-9]+)?/)?[a-z0-9]+([-._/]+[a-z0-9]+)*$",
+    },
+    "tag": {"type": "string", "pattern": "^([A-Za-z0-9_][-.A-Za-z0-9_]{0,127})?$"},
+    "digest": DIGEST,
+}
 STORE = {**SCHEDULING, "resources": RESOURCES}
-DISK = section(size=QUANTITY, storageClass=TEXT)
+DISK = section(size=QUANTITY, storageClass=NAME)
 PROBE = section(
     initialDelaySeconds=whole(),
     periodSeconds=whole(1),
@@ -120,23 +189,29 @@ PROBE = section(
 VOLUME = {
     "existingClaim": NAME,
     "size": QUANTITY,
-    "storageClass": TEXT,
+    "storageClass": NAME,
     "accessModes": ACCESS_MODES,
 }
 PATH_TYPE = choice("Prefix", "Exact", "ImplementationSpecific")
 HOST = {**section(host=TEXT, path=TEXT, pathType=PATH_TYPE), "required": ["host"]}
-CLASS = section(name=NAME, value={"type": "integer", "maximum": 1_000_000_000})
+PARENT = {
+    **section(
+        group=TEXT, kind=TEXT, namespace=NAME, name=NAME, sectionName=NAME, port=whole(1, 65535)
+    ),
+    "required": ["name"],
+}
+CLASS = section(name={**NAME, "minLength": 1}, value={"type": "integer", "maximum": 1_000_000_000})
 DURATION: Schema = {"type": "string", "pattern": "^[0-9]+(ms|s|m)$"}
-MONITOR = section(enabled=FLAG, interval=DURATION, labels=STRINGS)
+MONITOR = section(enabled=FLAG, interval=DURATION, labels=LABELS)
 
 
 GENERAL: Schema = {
-    "nameOverride": NAME,
+    "nameOverride": LABEL_NAME,
     "fullnameOverride": NAME,
     "profile": choice(*PROFILES),
-    "config": {"$ref": "#/$defs/Settings"},
+    "config": ref("Settings"),
     "calibrator": section(existingConfigMap=NAME, key=KEY),
-    "image": section(**IMAGE, pullPolicy=PULL_POLICY, pullSecrets={"type": "array", "items": NAME}),
+    "image": section(**IMAGE, pullPolicy=PULL_POLICY, pullSecrets=PULL_SECRETS),
     "secrets": section(
         apiKeys=section(existingSecret=NAME, key=KEY, clientKey=KEY),
         huggingFace=section(existingSecret=NAME, key=KEY),
@@ -157,16 +232,19 @@ CLUSTER: Schema = {
     ),
     "head": section(**POD),
     "workerGroups": section(
-        **{name: {"$ref": "#/$defs/group"} for name in ("gateway", "generator", "scorers")},
-        trainer={"$ref": "#/$defs/trainers"},
+        **{name: ref("group") for name in ("gateway", "generator", "scorers")},
+        trainer=ref("trainers"),
     ),
-    "gpuResource": {"type": "string", "minLength": 1},
-    "extraEnv": {"type": "array", "items": {"$ref": "#/$defs/variable"}},
+    "gpuResource": {
+        "type": "string",
+        "pattern": "^[a-z0-9][-a-z0-9.]*/[A-Za-z0-9]([-._A-Za-z0-9]*[A-Za-z0-9])?$",
+    },
+    "extraEnv": listed(ref("variable")),
     "tmpSizeLimit": QUANTITY,
     "terminationGracePeriodSeconds": whole(1),
     "preStopSleepSeconds": whole(),
     "probes": section(startup=PROBE, readiness=PROBE, liveness=PROBE),
-    "podSecurityContext": ANY_OBJECT,
+    "podSecurityContext": ref("podSecurityContext"),
     "serviceAccount": section(create=FLAG, name=NAME, annotations=STRINGS),
 }
 """Head, worker groups and what their pods have in common."""
@@ -185,7 +263,7 @@ STORAGE: Schema = {
         image=section(**IMAGE, pullPolicy=PULL_POLICY),
         auth=section(enabled=FLAG, existingSecret=NAME, key=KEY),
         persistence=DISK,
-        podSecurityContext=ANY_OBJECT,
+        podSecurityContext=ref("podSecurityContext"),
         **STORE,
     ),
     "externalRedis": section(existingSecret=NAME, key=KEY),
@@ -195,6 +273,7 @@ STORAGE: Schema = {
             address={"type": "string", "pattern": "^(rediss?://.+)?$"},
             existingSecret=NAME,
             key=KEY,
+            usernameKey={**KEY, "pattern": r"^[-._a-zA-Z0-9]*$"},
         ),
         persistence=DISK,
         **STORE,
@@ -206,27 +285,27 @@ NETWORK: Schema = {
         type=choice("ClusterIP", "NodePort", "LoadBalancer"),
         port=whole(1024, 65535),
         annotations=STRINGS,
-        labels=STRINGS,
+        labels=LABELS,
     ),
     "ingress": section(
         enabled=FLAG,
-        className=TEXT,
+        className=NAME,
         annotations=STRINGS,
-        hosts={"type": "array", "items": HOST},
-        tls=OBJECTS,
+        hosts=listed(HOST),
+        tls=listed(section(secretName=NAME, hosts=listed(TEXT))),
     ),
     "httpRoute": section(
         enabled=FLAG,
-        parentRefs=OBJECTS,
-        hostnames={"type": "array", "items": TEXT},
+        parentRefs=listed(PARENT),
+        hostnames=listed(TEXT),
         annotations=STRINGS,
     ),
     "networkPolicy": section(
         enabled=FLAG,
         operatorNamespaceSelector=ANY_OBJECT,
         operatorPodSelector=ANY_OBJECT,
-        clients=OBJECTS,
-        monitoring=OBJECTS,
+        clients=listed(PEER),
+        monitoring=listed(PEER),
     ),
 }
 """How the gateway is reached, and by whom."""
@@ -234,13 +313,15 @@ OPERATIONS: Schema = {
     "monitoring": section(
         serviceMonitor=MONITOR,
         podMonitor=MONITOR,
-        prometheusRule=section(enabled=FLAG, labels=STRINGS),
-        grafanaDashboard=section(enabled=FLAG, labels=STRINGS, annotations=STRINGS),
+        prometheusRule=section(enabled=FLAG, labels=LABELS),
+        grafanaDashboard=section(enabled=FLAG, labels=LABELS, annotations=STRINGS),
     ),
     "priorityClasses": section(create=FLAG, serving=CLASS, training=CLASS),
-    "kueue": section(queueName=NAME, priorityClass=NAME),
-    "test": section(prompt={"type": "string", "minLength": 1}, timeoutSeconds=whole(1)),
-    "extraObjects": OBJECTS,
+    "kueue": section(queueName=LABEL_NAME, priorityClass=LABEL_NAME),
+    "test": section(
+        prompt={"type": "string", "minLength": 1}, timeoutSeconds=whole(1), **SCHEDULING
+    ),
+    "extraObjects": listed(ANY_OBJECT),
     "global": ANY_OBJECT,
 }
 """What watches the cluster and shares it out."""
@@ -258,6 +339,10 @@ def values_schema() -> Schema:
             "group": _complete(GROUP, values["workerGroups"]["gateway"]),
             "trainers": _complete(TRAINERS, values["workerGroups"]["trainer"]),
             "variable": VARIABLE,
+            "toleration": TOLERATION,
+            "affinity": AFFINITY,
+            "spread": SPREAD,
+            "podSecurityContext": SECURITY,
             **settings,
         },
     }

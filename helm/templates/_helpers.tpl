@@ -11,8 +11,8 @@ room for the suffixes of the chart's own objects. */}}
 {{- end -}}
 
 {{- define "mora-serve.selectorLabels" -}}
-app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "mora-serve.labels" -}}
@@ -54,7 +54,7 @@ app.kubernetes.io/component: ray
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- end -}}
@@ -63,6 +63,29 @@ imagePullSecrets:
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
+{{- end -}}
+
+{{/* A quantity (500m, 2, 1.5Gi) as a number of CPUs or bytes. */}}
+{{- define "mora-serve.amount" -}}
+{{- $units := dict "" 1.0 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "Pi" 1125899906842624.0 -}}
+{{- $text := toString . -}}
+{{- $unit := regexFind "[A-Za-z]+$" $text -}}
+{{- mulf (float64 (trimSuffix $unit $text)) (get $units $unit) -}}
+{{- end -}}
+
+{{/* `resources`, refused where a request is above its limit; `at` is their path in the values. */}}
+{{- define "mora-serve.checkedResources" -}}
+{{- $at := .at -}}
+{{- $limits := .resources.limits -}}
+{{- range $name, $request := .resources.requests -}}
+{{- if hasKey $limits $name -}}
+{{- $limit := index $limits $name -}}
+{{- if gt (float64 (include "mora-serve.amount" $request)) (float64 (include "mora-serve.amount" $limit)) -}}
+{{- fail (printf "%s.requests.%s must be at most limits.%s (%v), got %v" $at $name $name $limit $request) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml .resources -}}
 {{- end -}}
 
 {{/* Where a pod may run: of the mapping that is given. */}}
@@ -80,10 +103,10 @@ affinity: {{- toYaml . | nindent 2 }}
 topologySpreadConstraints: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .runtimeClassName }}
-runtimeClassName: {{ . }}
+runtimeClassName: {{ . | quote }}
 {{- end }}
 {{- with .priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- end -}}
 
@@ -92,8 +115,8 @@ pods: they have no controller with a scale, which `maxUnavailable` and percentag
 {{- define "mora-serve.pdb" -}}
 {{- $group := index .root.Values.workerGroups .group -}}
 {{- if and $group.enabled (gt (int $group.pdbMinAvailable) 0) -}}
-{{- if ge (int $group.pdbMinAvailable) (int $group.maxReplicas) -}}
-{{- fail (printf "workerGroups.%s.pdbMinAvailable must be less than maxReplicas, or no node could be drained, got %d" .group (int $group.pdbMinAvailable)) -}}
+{{- if ge (int $group.pdbMinAvailable) (int $group.minReplicas) -}}
+{{- fail (printf "workerGroups.%s.pdbMinAvailable must be less than minReplicas (%d), or no node could be drained at rest, got %d; 0 makes no budget" .group (int $group.minReplicas) (int $group.pdbMinAvailable)) -}}
 {{- end -}}
 apiVersion: policy/v1
 kind: PodDisruptionBudget

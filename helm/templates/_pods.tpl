@@ -1,6 +1,36 @@
 {{/* The pods of Ray: head and worker groups differ in resources, probes and placement only. */}}
 
+{{/* Variables of a Ray pod: the chart's, `extraEnv`, the group's. A name that comes again replaces the
+earlier one, since an API server refuses a RayService that has it twice. */}}
 {{- define "mora-serve.env" -}}
+{{- include "mora-serve.checkedEnv" (dict "at" "extraEnv" "env" .root.Values.extraEnv) -}}
+{{- include "mora-serve.checkedEnv" (dict "at" (printf "%s.env" .at) "env" .node.env) -}}
+{{- $all := concat (include "mora-serve.chartEnv" .root | fromYamlArray) .root.Values.extraEnv (.node.env | default list) -}}
+{{- $last := dict -}}
+{{- range $all }}{{ $_ := set $last .name . }}{{ end -}}
+{{- $once := list -}}
+{{- range $all -}}
+{{- if hasKey $last .name }}{{ $once = append $once (get $last .name) }}{{ $_ := unset $last .name }}{{ end -}}
+{{- end -}}
+{{- toYaml $once -}}
+{{- end -}}
+
+{{/* Nothing, or a message about a variable that is not the user's to set: MORA_* would be read as settings,
+and KubeRay refuses the others. */}}
+{{- define "mora-serve.checkedEnv" -}}
+{{- $at := .at -}}
+{{- range .env -}}
+{{- if hasPrefix "MORA_" .name -}}
+{{- fail (printf "%s must not hold settings, got %s; they belong into `config`" $at .name) -}}
+{{- else if has .name (list "REDIS_PASSWORD" "REDIS_USERNAME" "RAY_REDIS_ADDRESS" "RAY_enable_autoscaler_v2") -}}
+{{- fail (printf "%s must not hold what KubeRay sets, got %s; see gcsFaultTolerance and ray.autoscaling" $at .name) -}}
+{{- else if and .value .valueFrom -}}
+{{- fail (printf "%s must give either value or valueFrom, got both for %s" $at .name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "mora-serve.chartEnv" -}}
 {{- $name := include "mora-serve.fullname" . -}}
 - {name: HOME, value: /tmp/home}
 - {name: HF_HOME, value: /var/cache/mora/huggingface}
@@ -17,12 +47,15 @@
 - {name: RAY_SERVE_ENABLE_DIRECT_INGRESS, value: "0"}
 {{- end }}
 {{- if .Values.valkey.enabled }}
+{{- if .Values.externalRedis.existingSecret -}}
+{{- fail (printf "externalRedis.existingSecret must be empty with valkey.enabled, got %s; set valkey.enabled: false to use it" .Values.externalRedis.existingSecret) -}}
+{{- end }}
 {{- if .Values.valkey.auth.enabled }}
 - name: VALKEY_PASSWORD
   valueFrom:
     secretKeyRef:
-      name: {{ required "valkey.auth.existingSecret must name a Secret with the password (key valkey.auth.key), got none; or set valkey.auth.enabled: false" .Values.valkey.auth.existingSecret }}
-      key: {{ .Values.valkey.auth.key }}
+      name: {{ required "valkey.auth.existingSecret must name a Secret with the password (key valkey.auth.key), got none; or set valkey.auth.enabled: false" .Values.valkey.auth.existingSecret | quote }}
+      key: {{ .Values.valkey.auth.key | quote }}
 - {name: MORA_REDIS__URL, value: "redis://:$(VALKEY_PASSWORD)@{{ $name }}-valkey:6379/0"}
 {{- else }}
 - {name: MORA_REDIS__URL, value: "redis://{{ $name }}-valkey:6379/0"}
@@ -31,22 +64,22 @@
 - name: MORA_REDIS__URL
   valueFrom:
     secretKeyRef:
-      name: {{ required "externalRedis.existingSecret must name a Secret with the URL (key externalRedis.key), got none; or set valkey.enabled: true" .Values.externalRedis.existingSecret }}
-      key: {{ .Values.externalRedis.key }}
+      name: {{ required "externalRedis.existingSecret must name a Secret with the URL (key externalRedis.key), got none; or set valkey.enabled: true" .Values.externalRedis.existingSecret | quote }}
+      key: {{ .Values.externalRedis.key | quote }}
 {{- end }}
 {{- with .Values.secrets.apiKeys }}{{ if .existingSecret }}
 - name: MORA_SERVER__API_KEYS
-  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .key }}}}
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .key | quote }}}}
 {{- end }}{{ end }}
 {{- with .Values.secrets.huggingFace }}{{ if .existingSecret }}
 - name: HF_TOKEN
-  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .key }}}}
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .key | quote }}}}
 {{- end }}{{ end }}
 {{- with .Values.secrets.s3 }}{{ if .existingSecret }}
 - name: AWS_ACCESS_KEY_ID
-  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .accessKeyIdKey }}}}
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .accessKeyIdKey | quote }}}}
 - name: AWS_SECRET_ACCESS_KEY
-  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .secretAccessKeyKey }}}}
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .secretAccessKeyKey | quote }}}}
 {{- end }}{{ end }}
 {{- with .Values.blobs.s3.endpoint }}
 - {name: AWS_ENDPOINT_URL, value: {{ . | quote }}}
@@ -55,33 +88,30 @@
 - {name: AWS_REGION, value: {{ . | quote }}}
 - {name: AWS_DEFAULT_REGION, value: {{ . | quote }}}
 {{- end }}
-{{- with .Values.extraEnv }}
-{{ toYaml . }}
-{{- end }}
 {{- end -}}
 
 {{- define "mora-serve.volumes" -}}
 {{- $name := include "mora-serve.fullname" .root -}}
 {{- $v := .root.Values -}}
 - name: tmp
-  emptyDir: {sizeLimit: {{ $v.tmpSizeLimit }}}
+  emptyDir: {sizeLimit: {{ toJson $v.tmpSizeLimit }}}
 - name: shm
-  emptyDir: {medium: Memory, sizeLimit: {{ .node.shmSize }}}
+  emptyDir: {medium: Memory, sizeLimit: {{ toJson .node.shmSize }}}
 {{- if not .isHead }}
 - name: data
-  persistentVolumeClaim: {claimName: {{ default (printf "%s-data" $name) $v.data.existingClaim }}}
+  persistentVolumeClaim: {claimName: {{ default (printf "%s-data" $name) $v.data.existingClaim | quote }}}
 - name: models
 {{- if eq $v.modelCache.type "pvc" }}
-  persistentVolumeClaim: {claimName: {{ default (printf "%s-models" $name) $v.modelCache.existingClaim }}}
+  persistentVolumeClaim: {claimName: {{ default (printf "%s-models" $name) $v.modelCache.existingClaim | quote }}}
 {{- else if eq $v.modelCache.type "hostPath" }}
-  hostPath: {path: {{ $v.modelCache.hostPath }}, type: DirectoryOrCreate}
+  hostPath: {path: {{ $v.modelCache.hostPath | quote }}, type: DirectoryOrCreate}
 {{- else }}
-  emptyDir: {sizeLimit: {{ $v.modelCache.size }}}
+  emptyDir: {sizeLimit: {{ toJson $v.modelCache.size }}}
 {{- end }}
 {{- end }}
 {{- with $v.calibrator.existingConfigMap }}
 - name: calibrator
-  configMap: {name: {{ . }}}
+  configMap: {name: {{ . | quote }}}
 {{- end }}
 {{- end -}}
 
@@ -98,7 +128,11 @@
 {{- end -}}
 
 {{- define "mora-serve.resources" -}}
-{{- $resources := deepCopy .node.resources -}}
+{{- $resources := include "mora-serve.checkedResources" (dict "at" (printf "%s.resources" .at) "resources" .node.resources) | fromYaml -}}
+{{- $limit := $resources.limits.memory -}}
+{{- if and $limit (ge (float64 (include "mora-serve.amount" .node.shmSize)) (float64 (include "mora-serve.amount" $limit))) -}}
+{{- fail (printf "%s.shmSize must be less than resources.limits.memory (%v), of which it is a part, got %v" .at $limit .node.shmSize) -}}
+{{- end -}}
 {{- if .gpus -}}
 {{- $_ := set $resources "requests" (set ($resources.requests | default dict) .name (int .gpus)) -}}
 {{- $_ := set $resources "limits" (set ($resources.limits | default dict) .name (int .gpus)) -}}
@@ -122,6 +156,7 @@ variables. Autoscaler v2 replaces pods instead of restarting their containers. *
 {{- define "mora-serve.rayPod" -}}
 {{- $root := .root -}}
 {{- $isHead := eq .group "head" -}}
+{{- $at := ternary "head" (printf "workerGroups.%s" .group) $isHead -}}
 metadata:
   labels:
     {{- $own := set (include "mora-serve.rayLabels" $root | fromYaml) "mora-serve/group" .group }}
@@ -146,7 +181,7 @@ spec:
   {{- if and (not $isHead) (eq $root.Values.profile "embedded") }}
   initContainers:
     - name: prepare-model
-      image: {{ include "mora-serve.image" $root }}
+      image: {{ include "mora-serve.image" $root | quote }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       command: [python, -m, mora_serve, models, prepare, --profile, embedded, --out, {{ include "mora-serve.embeddedModel" $root }}]
       env: [{name: HOME, value: /tmp/home}]
@@ -156,7 +191,7 @@ spec:
   {{- end }}
   containers:
     - name: {{ ternary "ray-head" "ray-worker" $isHead }}
-      image: {{ include "mora-serve.image" $root }}
+      image: {{ include "mora-serve.image" $root | quote }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       ports:
         {{- if $isHead }}
@@ -167,8 +202,7 @@ spec:
         - {name: serve, containerPort: {{ int $root.Values.service.port }}}
         - {name: metrics, containerPort: 8080}
       env:
-        {{- include "mora-serve.env" $root | nindent 8 }}
-        {{- with .node.env }}{{ toYaml . | nindent 8 }}{{ end }}
+        {{- include "mora-serve.env" (dict "root" $root "node" .node "at" $at) | nindent 8 }}
       {{- include "mora-serve.probes" (dict "root" $root "isHead" $isHead) | nindent 6 }}
       {{- if not $isHead }}
       lifecycle:
@@ -176,7 +210,7 @@ spec:
           exec: {command: [sleep, {{ $root.Values.preStopSleepSeconds | quote }}]}
       {{- end }}
       securityContext: {{- include "mora-serve.containerSecurityContext" $root | nindent 8 }}
-      resources: {{- include "mora-serve.resources" (dict "node" .node "gpus" .node.gpus "name" $root.Values.gpuResource) | nindent 8 }}
+      resources: {{- include "mora-serve.resources" (dict "at" $at "node" .node "gpus" .node.gpus "name" $root.Values.gpuResource) | nindent 8 }}
       volumeMounts: {{- include "mora-serve.volumeMounts" (dict "root" $root "isHead" $isHead) | nindent 8 }}
   volumes: {{- include "mora-serve.volumes" (dict "root" $root "node" .node "isHead" $isHead) | nindent 4 }}
 {{- end -}}

@@ -80,8 +80,8 @@
 {{- $_ := set $trainer "resources" (set ($trainer.resources | default dict) (printf "mora-%s" $home) 0.01) -}}
 {{- if not (hasKey $trainer "use_gpu") }}{{ $_ := set $trainer "use_gpu" (gt (int (index .Values.workerGroups $home).gpus) 0) }}{{ end -}}
 {{- $pod := (index .Values.workerGroups $home).resources -}}
-{{- $cpus := toString (dig "limits" "cpu" (dig "requests" "cpu" "0" $pod) $pod) -}}
-{{- $has := ternary (divf (trimSuffix "m" $cpus) 1000) (float64 $cpus) (hasSuffix "m" $cpus) | ceil -}}
+{{- $cpus := dig "limits" "cpu" (dig "requests" "cpu" "0" $pod) $pod -}}
+{{- $has := include "mora-serve.amount" $cpus | float64 | ceil -}}
 {{- if gt (float64 ($trainer.num_cpus_per_worker | default 0)) $has -}}
 {{- fail (printf "config.trainer.num_cpus_per_worker must be at most the %v CPUs of a pod of workerGroups.%s, where training runs, got %v" $has $home $trainer.num_cpus_per_worker) -}}
 {{- end -}}

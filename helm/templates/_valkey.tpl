@@ -1,8 +1,10 @@
 {{/* A Valkey with append-only persistence, one replica: Ray's control store and ours are two of them.
-`store` is the section of the values, `secret` and `key` name the password's Secret, if any. */}}
+`store` is the section of the values, `at` its path in them, `secret` and `key` name the password's
+Secret, if any. At three quarters of the memory limit writes are refused: the rest is for the copy
+that rewriting the append-only file makes, and a store that is killed for memory does not start again. */}}
 {{- define "mora-serve.valkey" -}}
 {{- $image := .root.Values.valkey.image -}}
-{{- $limit := dig "limits" "memory" "" .store.resources -}}
+{{- $limit := .store.resources.limits.memory -}}
 apiVersion: apps/v1
 kind: StatefulSet
 metadata:
@@ -34,7 +36,7 @@ spec:
       {{- include "mora-serve.scheduling" .store | nindent 6 }}
       containers:
         - name: valkey
-          image: {{ $image.repository }}{{ ternary (printf "@%s" $image.digest) (printf ":%s" $image.tag) (ne $image.digest "") }}
+          image: {{ printf "%s%s" $image.repository (ternary (printf "@%s" $image.digest) (printf ":%s" $image.tag) (ne $image.digest "")) | quote }}
           imagePullPolicy: {{ $image.pullPolicy }}
           command: [/bin/sh, -ec]
           {{- /* The password goes through a file, so that no process list shows it. */}}
@@ -42,13 +44,14 @@ spec:
             - |
               umask 077
               printf '%s\n' 'dir /data' 'appendonly yes' 'appendfsync everysec' \
-                'maxmemory-policy noeviction' {{ if .secret }}"requirepass $VALKEY_PASSWORD"{{ else }}'protected-mode no'{{ end }} \
+                'maxmemory-policy noeviction' {{ with $limit }}'maxmemory {{ include "mora-serve.amount" . | float64 | mulf 0.75 | printf "%.0f" }}' {{ end }} \
+                {{ if .secret }}"requirepass $VALKEY_PASSWORD"{{ else }}'protected-mode no'{{ end }} \
                 > /run/valkey/valkey.conf
               exec valkey-server /run/valkey/valkey.conf
           env:
             {{- if .secret }}
             - name: VALKEY_PASSWORD
-              valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}}
+              valueFrom: {secretKeyRef: {name: {{ .secret | quote }}, key: {{ .key | quote }}}}
             - {name: REDISCLI_AUTH, value: $(VALKEY_PASSWORD)}
             {{- else }}
             []
@@ -68,7 +71,7 @@ spec:
             periodSeconds: 10
             failureThreshold: 6
           securityContext: {{- include "mora-serve.containerSecurityContext" .root | nindent 12 }}
-          resources: {{- toYaml .store.resources | nindent 12 }}
+          resources: {{- include "mora-serve.checkedResources" (dict "at" (printf "%s.resources" .at) "resources" .store.resources) | nindent 12 }}
           volumeMounts:
             - {name: data, mountPath: /data}
             - {name: run, mountPath: /run/valkey}
@@ -80,9 +83,9 @@ spec:
       spec:
         accessModes: [ReadWriteOnce]
         {{- with .store.persistence.storageClass }}
-        storageClassName: {{ . }}
+        storageClassName: {{ . | quote }}
         {{- end }}
-        resources: {requests: {storage: {{ .store.persistence.size }}}}
+        resources: {requests: {storage: {{ toJson .store.persistence.size }}}}
 {{- end -}}
 
 {{- define "mora-serve.valkeyService" -}}

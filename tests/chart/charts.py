@@ -147,12 +147,12 @@ def render(
     values: Mapping[str, Any] | None = None,
     version: str = "4",
     kubernetes: str = "1.35",
-    chart: Path = CHART,
+    release: str = RELEASE,
 ) -> Rendered:
     """The documents of ``helm template``. Raises :class:`RefusedError`."""
     started = time.perf_counter()
     text = run_helm(
-        "template", RELEASE, str(chart), "--namespace", NAMESPACE,
+        "template", release, str(CHART), "--namespace", NAMESPACE,
         "--kube-version", f"{kubernetes}.0", *options(profile, sets, values),
         version=version,
     )  # fmt: skip

@@ -194,7 +194,9 @@ def test_pods_are_placed_as_their_group_says(group: str) -> None:
         "priorityClassName": "high",
     }
     if group != "head":
-        wanted["topologySpreadConstraints"] = [{"topologyKey": "zone"}]
+        wanted["topologySpreadConstraints"] = [
+            {"topologyKey": "zone", "maxSkew": 1, "whenUnsatisfiable": "ScheduleAnyway"}
+        ]
     rendered = render(values={f"{at}.{key}": value for key, value in wanted.items()})
     for name, pod in rendered.ray_pods().items():
         placed = {key: pod["spec"][key] for key in wanted if key in pod["spec"]}
@@ -249,6 +251,13 @@ def test_alerts_name_the_objects_of_the_release() -> None:
     assert claims is not None
     own = names(rendered, "PersistentVolumeClaim") | {f"data-{name}-0" for name in STORE}
     assert all(re.fullmatch(claims[1], name) for name in own)
+    named = {"data.existingClaim": "mine", "modelCache.existingClaim": "theirs"}
+    given = alerts(render(values={**EVERYTHING, **named}))["MoraVolumeFills"]
+    for pattern in re.findall(r'persistentvolumeclaim=~"(.+?)"', given):
+        assert all(
+            re.fullmatch(pattern, name) for name in ("mine", "theirs", "data-" + STORE[0] + "-0")
+        )
+        assert not re.fullmatch(pattern, "minery")
     monitor = rendered.one("PodMonitor")["metadata"]["name"]
     assert f'job="{NAMESPACE}/{monitor}"' in texts["MoraRayHeadDown"]
 

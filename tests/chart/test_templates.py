@@ -100,6 +100,7 @@ def test_ray_objects_with_every_option_are_valid() -> None:
         lambda spec: spec["rayClusterConfig"]["workerGroupSpecs"][0].update(minReplicas="1"),
         lambda spec: spec["rayClusterConfig"]["autoscalerOptions"].update(version="v3"),
         lambda spec: spec["rayClusterConfig"]["headGroupSpec"]["template"]["spec"].update(x=1),
+        lambda spec: _head_env({"spec": spec}).append({"name": "HF_HOME", "value": "/again"}),
     ],
 )
 def test_the_crds_would_find_a_mistake(break_it: Any) -> None:
@@ -213,7 +214,7 @@ def test_disruption_budgets_are_valid_for_ray_pods(profile_name: str) -> None:
         assert "maxUnavailable" not in budget["spec"]
         assert isinstance(budget["spec"]["minAvailable"], int)
         group = budget["spec"]["selector"]["matchLabels"]["mora-serve/group"]
-        assert budget["spec"]["minAvailable"] < rendered.groups[group]["maxReplicas"]
+        assert budget["spec"]["minAvailable"] < rendered.groups[group]["minReplicas"]
 
 
 def test_selectors_find_the_pods_they_are_meant_for() -> None:
@@ -323,6 +324,13 @@ def test_data_outlives_the_release() -> None:
         assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
 
 
+def test_the_tests_pod_is_there_for_its_logs_and_is_placed_by_its_own_values() -> None:
+    placed = {"nodeSelector": {"pool": "cpu"}, "tolerations": [{"operator": "Exists"}]}
+    pod = render(values={f"test.{key}": value for key, value in placed.items()}).one("Pod")
+    assert pod["metadata"]["annotations"]["helm.sh/hook-delete-policy"] == "before-hook-creation"
+    assert placed.items() <= pod["spec"].items()
+
+
 def test_routes_lead_to_the_gateway() -> None:
     rendered = everything()
     service = rendered.ray_service["spec"]["serveService"]
@@ -358,7 +366,13 @@ def test_the_stores_start_append_never_evict_and_stop_in_order(
         try:
             client = redis.Redis(port=port, password=secret, retry=Retry(ConstantBackoff(0.1), 50))
             assert client.ping()
-            for name, value in {"appendonly": "yes", "maxmemory-policy": "noeviction"}.items():
+            memory = _bytes(container["resources"]["limits"]["memory"])
+            expected = {
+                "appendonly": "yes",
+                "maxmemory-policy": "noeviction",
+                "maxmemory": str(int(memory * 0.75)),
+            }
+            for name, value in expected.items():
                 assert client.config_get(name) == {name: value}
             assert (tmp_path / "valkey.conf").stat().st_mode & 0o077 == 0
             running.terminate()

@@ -27,7 +27,12 @@ BAD = [
     ({"config.scorers": [{"name": "one"}]}, "dimensions"),
     ({"config.scorers": []}, "config.scorers must list the scorers"),
     ({"profile": "cuda"}, "profile"),
+    ({"nameOverride": "n" * 64}, "nameOverride"),
     ({"image.digest": "sha256:abc"}, "digest"),
+    ({"image.repository": "registry.example.org/mora-serve:0.1.0"}, "repository"),
+    ({"image.tag": 1.1}, "tag"),
+    ({"image.tag": "0.1.0@sha256"}, "tag"),
+    ({"image.pullSecrets": ["one", "one"]}, "pullSecrets"),
     ({"image.pullPolicy": "Sometimes"}, "pullPolicy"),
     ({"ray.upgradeStrategy": "Rolling"}, "upgradeStrategy"),
     ({"ray.upgradeStrategy": "NewClusterWithIncrementalUpgrade"}, "upgradeStrategy"),
@@ -35,23 +40,61 @@ BAD = [
     ({"workerGroups.gpu": {}}, "gpu"),
     ({"workerGroups.generator.gpus": -1}, "gpus"),
     ({"workerGroups.generator.maxReplicas": 0}, "maxReplicas"),
+    ({"workerGroups.generator.maxReplicas": 2**31}, "maxReplicas"),
     ({"workerGroups.generator.minReplicas": 9}, "generator.minReplicas must be at most"),
     ({"workerGroups.gateway.enabled": False}, "workerGroups.gateway.enabled must be true"),
-    ({"workerGroups.gateway.pdbMinAvailable": 3}, "gateway.pdbMinAvailable must be less"),
+    ({"workerGroups.gateway.pdbMinAvailable": 2}, "must be less than minReplicas (2)"),
+    ({"workerGroups.gateway.minReplicas": 1}, "gateway.pdbMinAvailable must be less"),
     ({"workerGroups.scorers.resources.limits.memory": "much"}, "memory"),
-    ({"workerGroups.scorers.env": [{"name": "MORA_X", "value": "1"}]}, "env"),
-    ({"extraEnv": [{"name": "MORA_REDIS__URL", "value": "x"}]}, "extraEnv"),
+    ({"workerGroups.scorers.resources.limits.memory": -1}, "memory"),
+    ({"workerGroups.scorers.resources.limits.mem": "24Gi"}, "mem"),
+    ({"workerGroups.scorers.resources.limits.cpu": 3.5}, "cpu"),
+    ({f"workerGroups.scorers.resources.{kind}.cpu": None for kind in ("limits", "requests")},
+     "workerGroups.scorers.resources must give cpu"),
+    ({"workerGroups.scorers.resources.limits.memory": "24000M"},
+     "workerGroups.scorers.resources.requests.memory must be at most limits.memory (24000M)"),
+    ({"head.resources.limits.cpu": "1500m"},
+     "head.resources.requests.cpu must be at most limits.cpu (1500m), got 2"),
+    ({"valkey.resources.requests.memory": "5Gi"}, "valkey.resources.requests.memory must be at"),
+    ({"gcsFaultTolerance.resources.limits.cpu": "50m"},
+     "gcsFaultTolerance.resources.requests.cpu must be at most limits.cpu (50m), got 100m"),
+    ({"ray.autoscaler.resources.requests.cpu": "2"}, "ray.autoscaler.resources.requests.cpu must"),
+    ({"workerGroups.scorers.shmSize": "24Gi"},
+     "workerGroups.scorers.shmSize must be less than resources.limits.memory (24Gi)"),
+    ({"head.shmSize": 8589934592}, "head.shmSize must be less than resources.limits.memory (8Gi)"),
+    ({"gpuResource": "gpu"}, "gpuResource"),
+    ({"head.tolerations": [{"key": "gpu", "operater": "Exists"}]}, "operater"),
+    ({"head.affinity": {"nodeAfinity": {}}}, "nodeAfinity"),
+    ({"workerGroups.trainer.topologySpreadConstraints": [{"topologyKey": "zone"}]}, "maxSkew"),
+    ({"head.nodeSelector": {"pool": "a b"}}, "pool"),
+    ({"head.podLabels": {"team": "t" * 64}}, "team"),
+    ({"kueue.queueName": "q" * 64}, "queueName"),
+    ({"podSecurityContext.fsgroup": 1}, "fsgroup"),
+    ({"podSecurityContext.runAsUser": "mora"}, "runAsUser"),
+    ({"preStopSleepSeconds": 90}, "preStopSleepSeconds must be less than termination"),
+    ({"workerGroups.scorers.env": [{"name": "MORA_X", "value": "1"}]},
+     "workerGroups.scorers.env must not hold settings, got MORA_X"),
+    ({"extraEnv": [{"name": "MORA_REDIS__URL", "value": "x"}]},
+     "extraEnv must not hold settings, got MORA_REDIS__URL"),
+    ({"extraEnv": [{"name": "A", "value": "x", "valueFrom": {"fieldRef": {"fieldPath": "y"}}}]},
+     "extraEnv must give either value or valueFrom, got both for A"),
     ({"data.accessModes": ["ReadOnlyMany"]}, "accessModes"),
+    ({"data.accessModes": ["ReadWriteOncePod"]}, "accessModes"),
     ({"blobs.s3.url": "https://bucket"}, "url"),
     ({"modelCache.type": "nfs"}, "type"),
     ({"modelCache.hostPath": "relative"}, "hostPath"),
     ({"valkey.auth.existingSecret": ""}, "valkey.auth.existingSecret must name a Secret"),
     ({"valkey.enabled": False}, "externalRedis.existingSecret must name a Secret"),
+    ({"externalRedis.existingSecret": "mine"}, "externalRedis.existingSecret must be empty with"),
+    ({"gcsFaultTolerance.external.usernameKey": "user"}, "external.usernameKey must be empty"),
     ({"valkey.auth.password": "plain"}, "password"),
     ({"gcsFaultTolerance.external.address": "host:6379"}, "address"),
     ({"service.port": 80}, "port"),
     ({"service.type": "ExternalName"}, "type"),
     ({"ingress.enabled": True}, "ingress.hosts must name at least one host"),
+    ({"ingress.tls": [{"secretname": "tls"}]}, "secretname"),
+    ({"networkPolicy.clients": [{"podSelecter": {}}]}, "podSelecter"),
+    ({"httpRoute.parentRefs": [{"sectionName": "https"}]}, "name"),
     ({"httpRoute.enabled": True}, "httpRoute.parentRefs must name a Gateway"),
     ({"fullnameOverride": "1mora"}, "fullnameOverride must give a name"),
     ({"monitoring.serviceMonitor.interval": "15"}, "interval"),
@@ -76,9 +119,10 @@ BAD = [
     ({"config.scorers": [{"name": "one", "preset": "mahalo-truth", "dimensions": ["truthful"],
                           "engine_env": {"HF_TOKEN": "x"}}]}, "scorers.one.engine_env.HF_TOKEN"),
     ({"ray.authMode": "token", "ray.version": "2.51.0"}, "ray.version must be at least 2.52.0"),
-    ({"extraEnv": [{"name": "REDIS_PASSWORD", "value": "x"}]}, "extraEnv"),
-    ({"extraEnv": [{"name": "RAY_REDIS_ADDRESS", "value": "x"}]}, "extraEnv"),
-    ({"extraEnv": [{"name": "RAY_enable_autoscaler_v2", "value": "1"}]}, "extraEnv"),
+    *(({"extraEnv": [{"name": name, "value": "x"}]},
+       f"extraEnv must not hold what KubeRay sets, got {name}")
+      for name in ("REDIS_PASSWORD", "REDIS_USERNAME", "RAY_REDIS_ADDRESS",
+                   "RAY_enable_autoscaler_v2")),
     *(({"service.port": port}, "service.port must not be a port of Ray's")
       for port in (6379, 8080, 8265, 8404, 8500, 9101, 9500, 10001, 10002, 19999, 52365)),
 ]  # fmt: skip
@@ -122,6 +166,79 @@ def test_a_bucket_keeps_the_options_of_its_filesystem() -> None:
 def test_a_region_is_told_to_every_reader_of_it() -> None:
     given = environment(render(values={"blobs.s3.region": "eu"}).ray_pods()["generator"])
     assert given["AWS_REGION"] == given["AWS_DEFAULT_REGION"] == "eu"
+
+
+def test_a_variable_given_again_replaces_the_earlier_one() -> None:
+    given = {
+        "extraEnv": [
+            {"name": "HF_HOME", "value": "/data"},
+            {"name": "NCCL_DEBUG", "value": "INFO"},
+        ],
+        "workerGroups.generator.env": [{"name": "NCCL_DEBUG", "value": "WARN"}],
+    }
+    pods = render(values=given).ray_pods()
+    for group, expected in (("generator", "WARN"), ("scorers", "INFO")):
+        listed = pods[group]["spec"]["containers"][0]["env"]
+        names = [item["name"] for item in listed]
+        assert len(names) == len(set(names))
+        assert environment(pods[group])["HF_HOME"] == "/data"
+        assert environment(pods[group])["NCCL_DEBUG"] == expected
+        # Kubernetes expands $(NAME) of earlier variables only.
+        assert names.index("VALKEY_PASSWORD") < names.index("MORA_REDIS__URL")
+
+
+def test_names_and_sizes_that_yaml_would_read_as_numbers_stay_what_they_are() -> None:
+    """Whole numbers of bytes reach a template as floats; a name of digits is a name."""
+    size, names = 34359738368, ("1", "1e3", "0.5", "true")
+    values = {
+        "fullnameOverride": "mora",
+        "nameOverride": names[1],
+        "tmpSizeLimit": size,
+        "head.shmSize": 1073741824,
+        "data": {"size": size, "storageClass": names[2]},
+        "valkey.persistence": {"size": size, "storageClass": names[3]},
+        "modelCache": {"type": "ephemeral", "size": size},
+        "workerGroups.gateway.priorityClassName": names[0],
+        "secrets.huggingFace": {"existingSecret": names[2], "key": names[3]},
+        "valkey.auth": {"existingSecret": names[0], "key": names[1]},
+        "image": {"pullSecrets": [names[0]], "tag": names[1]},
+    }
+    rendered = render(values=values, release="12345")
+    for document in (*builtin(rendered), *as_pods(rendered)):
+        kubernetes_validate.validate(document, "1.35", strict=True)
+    for pod in rendered.ray_pods().values():
+        volumes = {item["name"]: item for item in pod["spec"]["volumes"]}
+        assert volumes["tmp"]["emptyDir"]["sizeLimit"] == size
+    storage = rendered.one("PersistentVolumeClaim")["spec"]["resources"]["requests"]["storage"]
+    assert storage == size
+    assert rendered.ray_service["metadata"]["labels"]["app.kubernetes.io/instance"] == "12345"
+
+
+def test_an_external_store_with_users_is_told_both_from_its_secret() -> None:
+    external = {
+        "address": "rediss://redis:6380", "existingSecret": "ray", "usernameKey": "user"
+    }  # fmt: skip
+    rendered = render(values={"gcsFaultTolerance.external": external})
+    told = rendered.cluster["gcsFaultToleranceOptions"]
+    assert told["redisAddress"] == "rediss://redis:6380"
+    keys = {
+        name: told[name]["valueFrom"]["secretKeyRef"] for name in told if name != "redisAddress"
+    }
+    assert keys == {
+        "redisPassword": {"name": "ray", "key": "password"},
+        "redisUsername": {"name": "ray", "key": "user"},
+    }
+    assert len(rendered.all("StatefulSet")) == 1
+
+
+def test_groups_may_all_rest_at_none() -> None:
+    groups = ("gateway", "generator", "scorers", "trainer")
+    rendered = render(
+        values={f"workerGroups.{name}.minReplicas": 0 for name in groups}
+        | {"workerGroups.gateway.pdbMinAvailable": 0}
+    )
+    assert {group["minReplicas"] for group in rendered.groups.values()} == {0}
+    assert violations(rendered.ray_service) == []
 
 
 def test_kueue_is_told_that_the_cluster_scales_only_where_it_does() -> None:
