@@ -62,6 +62,8 @@ FOREIGN_METRICS = {
     "kubelet_volume_stats_capacity_bytes",
 }
 """Of Prometheus, kube-state-metrics and the kubelet."""
+REPORT = {"step": 1.0, "loss": 1.0, "rewards/margins": 1.0, "rewards/accuracies": 1.0}
+"""What a trainer reports of a step."""
 
 
 @dataclass(frozen=True)
@@ -378,27 +380,54 @@ def test_images_are_the_dockerfiles_targets() -> None:
 
 
 def test_metrics_in_rules_and_dashboard_exist() -> None:
-    rendered = everything()
-    dashboard = json.loads(rendered.one("ConfigMap", "-dashboard")["data"]["mora-serve.json"])
-    texts = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
-    (group,) = rendered.one("PrometheusRule")["spec"]["groups"]
-    texts += [rule["expr"] for rule in group["rules"]]
-    named = {name for text in texts for name in re.findall(r"[a-z_:]+(?=\{)", text)}
+    named = {name for text in expressions() for name in re.findall(r"[a-z_:]+(?=\{)", text)}
     assert len(named) > 15
     vllm = {name for name in named if name.startswith("vllm:")}
     assert vllm <= vllm_metrics()
     assert named - vllm - FOREIGN_METRICS <= our_metrics()
 
 
+def test_labels_in_rules_and_dashboard_are_the_metrics() -> None:
+    """A label that a metric does not have selects nothing, and says so nowhere."""
+    labels = metric_labels()
+    known = 0
+    for text in expressions():
+        used = set(re.findall(r'(\w+)(?:=~|!=|=)"', text))
+        used |= {name for by in re.findall(r"by \(([^)]*)\)", text) for name in by.split(", ")}
+        for metric in set(re.findall(r"mora_[a-z_]+(?=\{)", text)):
+            family = re.sub(r"_(total|bucket|count|sum)$", "", metric)
+            assert used <= labels[family] | {"namespace", "service", "replica", "le"}, text
+            known += 1
+    assert known > 15
+
+
+def expressions() -> list[str]:
+    """PromQL of the dashboard and of the rules."""
+    rendered = everything()
+    dashboard = json.loads(rendered.one("ConfigMap", "-dashboard")["data"]["mora-serve.json"])
+    (group,) = rendered.one("PrometheusRule")["spec"]["groups"]
+    panels = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    return [*panels, *(rule["expr"] for rule in group["rules"])]
+
+
+def metric_labels() -> dict[str, set[str]]:
+    """Labels of our metrics, by family."""
+    registry = CollectorRegistry()
+    owners = (GeneratorMetrics(registry), ScorerMetrics(registry), GatewayMetrics())
+    instruments = [item for owner in owners for item in vars(owner).values()]
+    labels = {item._name: set(item._labelnames) for item in instruments if hasattr(item, "_name")}
+    trained = re.findall(r"^(mora_[a-z_]+)\{(.+)\}", exposition("job", REPORT), re.M)
+    return labels | {name: set(re.findall(r'(\w+)="', given)) for name, given in trained}
+
+
 def our_metrics() -> set[str]:
     registry = CollectorRegistry()
     GeneratorMetrics(registry)
     ScorerMetrics(registry)
-    report = {"step": 1.0, "loss": 1.0, "rewards/margins": 1.0, "rewards/accuracies": 1.0}
     families = [*registry.collect(), *GatewayMetrics().registry.collect()]
     endings = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "gauge": ("",)}
     names = {f.name + ending for f in families for ending in endings[f.type]}
-    return names | set(re.findall(r"^([a-z_]+)\{", exposition("job", report), re.M))
+    return names | set(re.findall(r"^([a-z_]+)\{", exposition("job", REPORT), re.M))
 
 
 def vllm_metrics() -> set[str]:
@@ -420,7 +449,8 @@ def test_the_readme_tells_what_a_profile_asks_for(profile_name: str) -> None:
 def test_every_alert_is_explained() -> None:
     (group,) = everything().one("PrometheusRule")["spec"]["groups"]
     readme = (CHART / "README.md").read_text("utf-8")
-    assert all(f"| `{rule['alert']}` |" in readme for rule in group["rules"])
+    explained = re.findall(r"^\| `(Mora\w+)` \|", readme, re.M)
+    assert sorted(explained) == sorted(rule["alert"] for rule in group["rules"])
 
 
 def test_the_values_schema_is_current() -> None:
