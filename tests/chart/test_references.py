@@ -274,3 +274,18 @@ def test_every_option_is_told_the_queue() -> None:
     labels = everything().ray_service["metadata"]["labels"]
     assert labels["kueue.x-k8s.io/queue-name"] == EVERYTHING["kueue"]["queueName"]
     assert labels["kueue.x-k8s.io/priority-class"] == EVERYTHING["kueue"]["priorityClass"]
+
+
+def test_an_account_that_exists_is_used_and_not_made() -> None:
+    rendered = render(values={"serviceAccount": {"create": False, "name": "mine"}})
+    assert rendered.all("ServiceAccount") == []
+    accounts = {
+        name: p["spec"].get("serviceAccountName") for name, p in rendered.ray_pods().items()
+    }
+    assert accounts.pop("head") is None
+    assert set(accounts.values()) == {"mine"}
+
+
+def test_every_pod_pulls_with_the_secrets() -> None:
+    for pod in everything().pods():
+        assert pod["spec"]["imagePullSecrets"] == [{"name": "registry"}]
