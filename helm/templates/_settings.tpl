@@ -11,13 +11,40 @@
 {{- $group -}}
 {{- end -}}
 
+{{/* Nothing, or a message about what no pod of the group `home` has room for: it would wait for ever.
+`at` is the path in the values, `kind` CPU or GPU, `asked` how many. */}}
+{{- define "mora-serve.fits" -}}
+{{- $group := index .root.Values.workerGroups .home -}}
+{{- $has := $group.gpus -}}
+{{- if eq .kind "CPU" -}}
+{{- $has = coalesce $group.resources.limits.cpu $group.resources.requests.cpu 0 | include "mora-serve.amount" | float64 | ceil -}}
+{{- end -}}
+{{- if and (eq .kind "CPU") (not $has) -}}
+{{- fail (printf "workerGroups.%s.resources must give cpu in limits or requests, got none: Ray's autoscaler would not know the size of a pod" .home) -}}
+{{- end -}}
+{{- if gt (float64 (.asked | default 0)) (float64 $has) -}}
+{{- fail (printf "%s must be at most the %v %ss of a pod of workerGroups.%s, where it runs, got %v" .at $has .kind .home .asked) -}}
+{{- end -}}
+{{- end -}}
+
 {{/* `replica` with the Ray resource of its group. */}}
 {{- define "mora-serve.placed" -}}
+{{- $root := .root -}}
+{{- $at := .at -}}
 {{- $replica := deepCopy (.replica | default dict) -}}
-{{- $pool := printf "mora-%s" (include "mora-serve.home" (dict "root" .root "part" .part)) -}}
+{{- $home := include "mora-serve.home" (dict "root" .root "part" .part) -}}
+{{- $pool := printf "mora-%s" $home -}}
+{{- range $name, $kind := dict "num_cpus" "CPU" "num_gpus" "GPU" -}}
+{{- include "mora-serve.fits" (dict "root" $root "home" $home "at" (printf "%s.%s" $at $name) "kind" $kind "asked" (get $replica $name)) -}}
+{{- end -}}
 {{- if $replica.bundles -}}
 {{- $bundles := list -}}
-{{- range $replica.bundles }}{{ $bundles = append $bundles (set (deepCopy .) $pool 0.01) }}{{ end -}}
+{{- range $bundle := $replica.bundles -}}
+{{- range $kind := list "CPU" "GPU" -}}
+{{- include "mora-serve.fits" (dict "root" $root "home" $home "at" (printf "%s.bundles[].%s" $at $kind) "kind" $kind "asked" (get $bundle $kind)) -}}
+{{- end -}}
+{{- $bundles = append $bundles (set (deepCopy $bundle) $pool 0.01) -}}
+{{- end -}}
 {{- $_ := set $replica "bundles" $bundles -}}
 {{- else -}}
 {{- $_ := set $replica "resources" (set (deepCopy ($replica.resources | default dict)) $pool 0.01) -}}
@@ -55,36 +82,31 @@
 {{- include "mora-serve.noSecrets" (dict "at" (printf "config.scorers.%s.%s" $scorer.name $name) "value" (index $scorer $name)) -}}
 {{- end }}{{ end -}}
 {{- if not $config.scorers }}{{ fail "config.scorers must list the scorers, got none: the chart places each on its worker group" }}{{ end -}}
-{{- $gateway := printf "mora-%s" (include "mora-serve.home" (dict "root" . "part" "gateway")) -}}
 {{- $server := $config.server | default dict -}}
-{{- $server = merge (dict "host" "0.0.0.0" "port" (int .Values.service.port) "resources" (set ($server.resources | default dict) $gateway 0.01)) $server -}}
+{{- include "mora-serve.fits" (dict "root" . "home" "gateway" "at" "config.server.num_cpus" "kind" "CPU" "asked" $server.num_cpus) -}}
+{{- $server = merge (dict "host" "0.0.0.0" "port" (int .Values.service.port) "resources" (set ($server.resources | default dict) "mora-gateway" 0.01)) $server -}}
 {{- $_ := set $config "server" $server -}}
 {{- $_ := set $config "data_dir" "/var/lib/mora" -}}
 {{- with .Values.blobs.s3.url }}{{ $_ := set $config "blobs" (merge (dict "url" .) ($config.blobs | default dict)) }}{{ end -}}
 {{- $policy := $config.policy | default dict -}}
-{{- $_ := set $policy "replica" (include "mora-serve.placed" (dict "root" $ "part" "generator" "replica" $policy.replica) | fromYaml) -}}
+{{- $_ := set $policy "replica" (include "mora-serve.placed" (dict "root" $ "at" "config.policy.replica" "part" "generator" "replica" $policy.replica) | fromYaml) -}}
 {{- if and (eq .Values.profile "embedded") (not $policy.path) }}{{ $_ := set $policy "path" (include "mora-serve.embeddedModel" .) }}{{ end -}}
 {{- $_ := set $config "policy" $policy -}}
 {{- $scorers := list -}}
 {{- range $config.scorers -}}
-{{- $placed := include "mora-serve.placed" (dict "root" $ "part" "scorers" "replica" .replica) | fromYaml -}}
+{{- $placed := include "mora-serve.placed" (dict "root" $ "at" (printf "config.scorers.%s.replica" .name) "part" "scorers" "replica" .replica) | fromYaml -}}
 {{- $scorers = append $scorers (set . "replica" $placed) -}}
 {{- end -}}
 {{- $_ := set $config "scorers" $scorers -}}
 {{- $runner := $config.runner | default dict -}}
-{{- $_ := set $runner "replica" (include "mora-serve.placed" (dict "root" $ "part" "gateway" "replica" ($runner.replica | default (dict "min_replicas" 1 "max_replicas" 2))) | fromYaml) -}}
+{{- $_ := set $runner "replica" (include "mora-serve.placed" (dict "root" $ "at" "config.runner.replica" "part" "gateway" "replica" ($runner.replica | default (dict "min_replicas" 1 "max_replicas" 2))) | fromYaml) -}}
 {{- $_ := set $config "runner" $runner -}}
 {{- $trainer := $config.trainer | default dict -}}
 {{- $home := include "mora-serve.home" (dict "root" . "part" "trainer") -}}
-{{- $_ := set $trainer "launcher" (include "mora-serve.placed" (dict "root" $ "part" "gateway" "replica" $trainer.launcher) | fromYaml) -}}
+{{- $_ := set $trainer "launcher" (include "mora-serve.placed" (dict "root" $ "at" "config.trainer.launcher" "part" "gateway" "replica" $trainer.launcher) | fromYaml) -}}
 {{- $_ := set $trainer "resources" (set ($trainer.resources | default dict) (printf "mora-%s" $home) 0.01) -}}
 {{- if not (hasKey $trainer "use_gpu") }}{{ $_ := set $trainer "use_gpu" (gt (int (index .Values.workerGroups $home).gpus) 0) }}{{ end -}}
-{{- $pod := (index .Values.workerGroups $home).resources -}}
-{{- $cpus := dig "limits" "cpu" (dig "requests" "cpu" "0" $pod) $pod -}}
-{{- $has := include "mora-serve.amount" $cpus | float64 | ceil -}}
-{{- if gt (float64 ($trainer.num_cpus_per_worker | default 0)) $has -}}
-{{- fail (printf "config.trainer.num_cpus_per_worker must be at most the %v CPUs of a pod of workerGroups.%s, where training runs, got %v" $has $home $trainer.num_cpus_per_worker) -}}
-{{- end -}}
+{{- include "mora-serve.fits" (dict "root" . "home" $home "at" "config.trainer.num_cpus_per_worker" "kind" "CPU" "asked" $trainer.num_cpus_per_worker) -}}
 {{- $_ := set $config "trainer" $trainer -}}
 {{- if .Values.calibrator.existingConfigMap -}}
 {{- $_ := set $config "method" (set ($config.method | default dict) "calibrator" (printf "/etc/mora/calibrator/%s" .Values.calibrator.key)) -}}

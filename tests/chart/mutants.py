@@ -86,7 +86,7 @@ MUTANTS = (
     Mutant(T + "_pods.tpl", "merge $own .node.podLabels", "merge .node.podLabels $own"),
     Mutant(T + "_helpers.tpl", "with .tolerations", "with .toleration"),
     Mutant(T + "_settings.tpl", '.) ($config.blobs | default dict)', '.)'),
-    Mutant(T + "_settings.tpl", "gt (float64 ($trainer", "lt (float64 ($trainer"),
+    Mutant(T + "_settings.tpl", "gt (float64 (.asked", "lt (float64 (.asked"),
     Mutant(T + "podmonitor.yaml", "port: metrics", "port: serve"),
     Mutant(T + "servicemonitor.yaml", "path: /metrics", "path: /metric"),
     Mutant(T + "prometheusrule.yaml", "-(gcs-)?valkey", "-(gcs)?valkey"),

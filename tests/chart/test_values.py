@@ -108,6 +108,15 @@ BAD = [
     ({"config.trainer.num_cpus_per_worker": 9}, "at most the 8 CPUs of a pod of workerGroups.tr"),
     ({"workerGroups.trainer.resources.limits.cpu": "3500m", "config.trainer.num_cpus_per_worker":
       4.5}, "at most the 4 CPUs"),
+    ({"config.policy.replica.num_gpus": 2},
+     "config.policy.replica.num_gpus must be at most the 1 GPUs of a pod of workerGroups.gen"),
+    ({"config.policy.replica.num_cpus": 9}, "replica.num_cpus must be at most the 8 CPUs of a pod"),
+    ({"config.policy.replica.bundles": [{"GPU": 1}, {"GPU": 1, "CPU": 9}]},
+     "config.policy.replica.bundles[].CPU must be at most the 8 CPUs"),
+    ({"workerGroups.scorers.gpus": 0}, "config.scorers.helpful.replica.num_gpus must be at most"),
+    ({"config.server.num_cpus": 4}, "config.server.num_cpus must be at most the 3 CPUs of a pod"),
+    ({"config.runner.replica.num_cpus": 3.5}, "config.runner.replica.num_cpus must be at most"),
+    ({"config.trainer.launcher.num_cpus": 4}, "config.trainer.launcher.num_cpus must be at most"),
     ({"config.blobs.options": {"key": "AKIA"}}, "config.blobs.options.key must not be"),
     ({"config.blobs.options": {"client_kwargs": {"aws_secret_access_key": "x"}}},
      "config.blobs.options.client_kwargs.aws_secret_access_key must not be"),
@@ -328,10 +337,17 @@ def valid_values() -> st.SearchStrategy[dict[str, Any]]:
         "config.policy.system_prompt": st.text(
             st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=40
         ),
-        "terminationGracePeriodSeconds": st.integers(1, 3600),
+        "terminationGracePeriodSeconds": st.integers(16, 3600),
     }
     # Half a CPU fits the smallest pod of `quantities`.
-    always = {"config.trainer.num_cpus_per_worker": st.just(0.5)}
+    small = {"num_gpus": 0, "num_cpus": 0.5}
+    dimensions = ["helpful", "harmless", "truthful"]
+    scorer = {"name": "all", "backend": "fake", "dimensions": dimensions}
+    always = {
+        "config.trainer.num_cpus_per_worker": st.just(0.5),
+        "config.policy.replica": st.just(small),
+        "config.scorers": st.just([{**scorer, "replica": small}]),
+    }
     return st.fixed_dictionaries(always, optional=optional)
 
 
