@@ -40,7 +40,7 @@ MUTANTS = (
     Mutant(T + "_settings.tpl", "import_path: api.cluster:build", "import_path: api.cluster:app"),
     Mutant(T + "_settings.tpl", "- name: mora", "- name: mora-serve"),
     Mutant(T + "_settings.tpl", '"/var/lib/mora"', '"/data"'),
-    Mutant(T + "_settings.tpl", '(set (deepCopy .) $pool 0.01)', "(deepCopy .)"),
+    Mutant(T + "_settings.tpl", '(set (deepCopy $bundle) $pool 0.01)', "$bundle"),
     Mutant(T + "_settings.tpl", '"part" "scorers" "replica"', '"part" "trainer" "replica"'),
     Mutant(T + "_settings.tpl", 'port: {{ int .Values.service.port }}', "port: 8001"),
     Mutant(T + "_pods.tpl", "enableServiceLinks: false", "enableServiceLinks: true"),
