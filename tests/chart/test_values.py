@@ -274,7 +274,7 @@ def test_a_bare_n_is_read_as_false_and_refused() -> None:
 
 counts = st.integers(0, 40)
 quantities = st.sampled_from(["500m", "2", "1.5", "96"])
-memory = st.sampled_from(["8Gi", "64Gi", "1Ti"])
+memory = st.sampled_from(["16Gi", "64Gi", "1Ti"])
 labels = st.dictionaries(
     st.from_regex(r"[a-z]{1,8}(\.[a-z]{1,5}/[a-z]{1,8})?", fullmatch=True),
     st.from_regex(r"[a-z0-9]{0,8}", fullmatch=True),
