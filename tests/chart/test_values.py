@@ -217,9 +217,13 @@ def test_names_and_sizes_that_yaml_would_read_as_numbers_stay_what_they_are() ->
         kubernetes_validate.validate(document, "1.35", strict=True)
     for pod in rendered.ray_pods().values():
         volumes = {item["name"]: item for item in pod["spec"]["volumes"]}
-        assert volumes["tmp"]["emptyDir"]["sizeLimit"] == size
-    storage = rendered.one("PersistentVolumeClaim")["spec"]["resources"]["requests"]["storage"]
-    assert storage == size
+        limit = volumes["tmp"]["emptyDir"]["sizeLimit"]
+        assert (limit, type(limit)) == (size, int)
+    claims = [rendered.one("PersistentVolumeClaim")]
+    claims += rendered.one("StatefulSet", "mora-valkey")["spec"]["volumeClaimTemplates"]
+    for claim in claims:
+        storage = claim["spec"]["resources"]["requests"]["storage"]
+        assert (storage, type(storage)) == (size, int)
     assert rendered.ray_service["metadata"]["labels"]["app.kubernetes.io/instance"] == "12345"
 
 
