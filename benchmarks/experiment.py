@@ -54,7 +54,7 @@ from mora_serve.settings_sources import read_yaml
 from mora_serve.version_sampling import sample_of
 
 Json = dict[str, Any]
-NUM_PROMPTS, NUM_HELD_OUT, NUM_STEPS = 36, 48, 15
+NUM_PROMPTS, NUM_HELD_OUT, NUM_STEPS = 24, 48, 12
 """At scale 1."""
 
 
