@@ -7,7 +7,9 @@ beside them the null strategy's acceptance and how often classes repeat. Resumab
 are JSON files under ``--out``, and the same command goes on with what is missing; more ``--seeds``
 may be added to it. ``--scale`` multiplies prompts and steps; 1 is sized to two cores and takes
 about two hours. ``--screen N`` diagnoses N prompts first and trains on those of a single reward,
-which are the ones that MORA rewrites.
+which are the ones that MORA rewrites. A try that changes training alone (steps, beta, learning
+rate) takes the batches of a run that has them with ``--batches-from``, and may train only some
+``--arms``.
 
 With ``--judge-heads`` the held-out answers are scored once more by heads that nothing was trained
 against (``python -m actors.train_heads --layers 24 ...``), so that a policy which only pleases its
@@ -51,15 +53,38 @@ from mora_serve.evaluation import VersionSample
 from mora_serve.evaluation_run import shipped_calibrators
 from mora_serve.identity import content_hash
 from mora_serve.settings_sources import read_yaml
+from mora_serve.stack import Interrupted
 from mora_serve.version_sampling import sample_of
 
 Json = dict[str, Any]
 NUM_PROMPTS, NUM_HELD_OUT, NUM_STEPS = 24, 48, 12
 """At scale 1."""
+SAMPLED = ("screening.json", "seed-*/batch-*.json")
+"""What does not depend on how policies are trained and judged ..."""
+TRAINING = frozenset(
+    {
+        "held_out",
+        "num_steps",
+        "batch_size",
+        "n_eval",
+        "beta",
+        "learning_rate_multiplier",
+        "max_pairs",
+    }
+)
+"""... which is this part of the configuration."""
 
 
 def main() -> int:
-    args = _parser().parse_args()
+    try:
+        return run(_parser().parse_args())
+    except MoraError as error:
+        _note(f"error: {error}")
+        return 1
+
+
+def run(args: argparse.Namespace) -> int:
+    """The experiment of a command line; returns the exit status."""
     design = make_design(args)
     tried = {} if args.config is None else read_yaml(args.config)
     cells = open_cells(args, design, tried)
@@ -75,7 +100,7 @@ def main() -> int:
             with running(args.profile, overrides) as stack:
                 kl = divergence_settings(stack.settings) if with_kl else None
                 Arms(Client(stack.url), design, cells, _note, kl=kl).run()
-        except KeyboardInterrupt:
+        except (Interrupted, KeyboardInterrupt):
             _note("stopped; the same command goes on from here")
             return 130
     samples = load_samples(cells, design)
@@ -93,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs/experiment"))
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies prompts and steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="only these")
+    parser.add_argument("--batches-from", type=Path, help="--out of a run with the same batches")
     parser.add_argument("--screen", type=int, help="train on those of this many that are single")
     parser.add_argument("--order", nargs="+", help="dimensions in the order of their stages")
     parser.add_argument("--n-eval", type=int, default=4, help="held-out answers per prompt")
@@ -134,16 +161,20 @@ def make_design(args: argparse.Namespace) -> Design:
         learning_rate_multiplier=args.learning_rate_multiplier,
         max_pairs=steps * args.batch_size,
         num_single=num_prompts if args.screen else None,
+        arms=tuple(arm for arm in ARMS if arm in args.arms),
     )
 
 
 def open_cells(args: argparse.Namespace, design: Design, tried: Mapping[str, Any]) -> Cells:
-    """The cells of this design. Every seed has cells of its own, so that seeds can be added."""
+    """The cells of this design; seeds and arms have their own, so that more can be added."""
     configuration = {**json.loads(json.dumps(asdict(design))), "profile": args.profile}
-    del configuration["seeds"]
+    del configuration["seeds"], configuration["arms"]
     if design.num_single is None:
         del configuration["num_single"]
-    return Cells(args.out, {**configuration, "config": dict(tried)})
+    cells = Cells(args.out, {**configuration, "config": dict(tried)})
+    if args.batches_from is not None:
+        cells.adopt(args.batches_from, SAMPLED, TRAINING)
+    return cells
 
 
 def divergence_settings(settings: Settings) -> DivergenceSettings | None:
@@ -182,8 +213,8 @@ def _halves(prompts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 def is_complete(cells: Cells, design: Design, *, with_kl: bool) -> bool:
     """Whether every batch and held-out answer is there, and KL, so that no stack is needed."""
     names = [*(f"batch-{kind}" for kind in (*BATCHES, "more"))]
-    names += [f"answers-{arm}" for arm in (BASE, *ARMS)]
-    names += [f"kl-{arm}" for arm in ARMS if with_kl]
+    names += [f"answers-{arm}" for arm in (BASE, *design.arms)]
+    names += [f"kl-{arm}" for arm in design.arms if with_kl]
     return all(cells.has(f"seed-{seed}/{name}") for seed in design.seeds for name in names)
 
 
@@ -201,13 +232,13 @@ def load_samples(cells: Cells, design: Design) -> Samples:
                 continue
         return plain
 
-    return {arm: [sample(seed, arm) for seed in design.seeds] for arm in (BASE, *ARMS)}
+    return {arm: [sample(seed, arm) for seed in design.seeds] for arm in (BASE, *design.arms)}
 
 
 def load_divergences(cells: Cells, design: Design) -> dict[str, list[Json]]:
     """KL to the base by arm, one of every seed that measured it."""
     found: dict[str, list[Json]] = {}
-    for arm in ARMS:
+    for arm in design.arms:
         names = [f"seed-{seed}/kl-{arm}" for seed in design.seeds]
         measured = [cells.read(name) for name in names if cells.has(name)]
         if measured:

@@ -79,6 +79,7 @@ class Design:
     """Pairs that an arm trains on at most; all arms of a seed train on equally many."""
     num_single: int | None = None
     """Take this many of the prompts, those that a first diagnosis finds to carry one reward."""
+    arms: tuple[str, ...] = ARMS
 
 
 def run_quietly(command: list[str]) -> None:
@@ -124,10 +125,12 @@ class Arms:
             batches = {kind: self._batch(seed, kind) for kind in (*BATCHES, "more")}
             num_pairs = self._num_pairs(batches)
             versions = {BASE: self._base}
-            for arm, kind in TRAINED_ON.items():
-                pairs = chosen_pairs(batches[kind]["pairs"], num_pairs, seed)
-                versions[arm] = self._train(f"seed-{seed}/{arm}", pairs, self._base, seed)
-            versions[SEQUENTIAL] = self._sequential(seed, num_pairs)
+            for arm in self._design.arms:
+                if arm == SEQUENTIAL:
+                    versions[arm] = self._sequential(seed, num_pairs)
+                else:
+                    pairs = chosen_pairs(batches[TRAINED_ON[arm]]["pairs"], num_pairs, seed)
+                    versions[arm] = self._train(f"seed-{seed}/{arm}", pairs, self._base, seed)
             for arm, version in versions.items():
                 answers = self.answers(seed, arm, version)
                 if self._kl is not None and version != self._base:

@@ -8,7 +8,7 @@ cells would answer another question.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,24 @@ class Cells:
         """The content of a finished cell."""
         found: Json = json.loads(self._place(name).read_text("utf-8"))
         return found
+
+    def adopt(self, other: Path, patterns: Sequence[str], differing: Collection[str]) -> None:
+        """Copy what matches from cells of an experiment that differs in ``differing`` at most.
+
+        Raises :class:`MoraError` when it differs in anything else, or holds no experiment.
+        """
+        try:
+            theirs = json.loads((other / CONFIGURATION).read_text("utf-8"))
+        except (OSError, ValueError):
+            raise MoraError(f"--batches-from must be an experiment's --out, got {other}") from None
+        ours = json.loads((self.root / CONFIGURATION).read_text("utf-8"))
+        for name in sorted((theirs.keys() | ours.keys()) - set(differing)):
+            if theirs.get(name) != ours.get(name):
+                raise MoraError(f"--batches-from must have the same {name}, got another in {other}")
+        for pattern in patterns:
+            for place in sorted(other.glob(pattern)):
+                name = str(place.relative_to(other).with_suffix(""))
+                self(name, lambda found=place: json.loads(found.read_text("utf-8")))
 
     def _place(self, name: str) -> Path:
         return self.root / f"{name}.json"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiment_arms import ARMS, BASE, Design, stored_answers
+from benchmarks.experiment_arms import BASE, Design, stored_answers
 from benchmarks.experiment_cells import Cells
 from benchmarks.stack import CACHE, running
 from mora_serve.client import Client
@@ -38,7 +38,7 @@ def judge(
     places = {
         (seed, arm): f"seed-{seed}/judge-{name}-{arm}"
         for seed in design.seeds
-        for arm in (BASE, *ARMS)
+        for arm in (BASE, *design.arms)
     }
     missing = [place for place, cell in places.items() if not cells.has(cell)]
     if missing:
@@ -54,7 +54,7 @@ def judge(
         found = sample_of(arm, stored_answers(cells, seed, arm), None)
         return with_scores(found, raws[seed, arm], scale, name)
 
-    return {arm: [sample(seed, arm) for seed in design.seeds] for arm in (BASE, *ARMS)}
+    return {arm: [sample(seed, arm) for seed in design.seeds] for arm in (BASE, *design.arms)}
 
 
 @contextmanager

@@ -239,12 +239,12 @@ def test_held_out_prompts_are_never_trained_on(tmp_path: Path) -> None:
     rows = [{**row, "prompt": f"{row['split']} {row['prompt']}"} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = design_of("--prompts", str(path), "--held-out", str(path), "--scale", "0.5")
-    assert len(found.prompts) == 18
-    assert len(set(found.prompts)) == 18
+    assert len(found.prompts) == 12
+    assert len(set(found.prompts)) == 12
     assert all(prompt.startswith("train") for prompt in found.prompts)
     assert all(prompt.startswith("test") for prompt in found.held_out)
     screened = design_of("--scale", "0.5", "--screen", "19")
-    assert (len(screened.prompts), screened.num_single) == (19, 18)
+    assert (len(screened.prompts), screened.num_single) == (19, 12)
     own = design_of()
     assert not set(own.prompts) & set(own.held_out)
 
@@ -272,6 +272,41 @@ def test_screening_keeps_the_prompts_that_carry_one_reward(
     assert [row["body"]["prompt"] for row in rows] == single[:5]
     with pytest.raises(MoraError, match="--screen must be larger"):
         Arms(Client(service.url), replace(screened, num_single=80), cells, until_batches).run()
+
+
+def test_a_try_of_other_training_takes_the_batches_and_trains_the_arms_it_names(
+    service: FakeService, design: Design, done: Cells, tmp_path: Path
+) -> None:
+    tried = replace(design, beta=0.3, arms=("simultaneous",))
+    cells = Cells(tmp_path, json.loads(json.dumps(asdict(tried))))
+    cells.adopt(done.root, experiment.SAMPLED, {*experiment.TRAINING, "arms"})
+    client = Client(service.url)
+    before = len(client.get("/v1/batches", limit=100)["data"])
+    Arms(client, tried, cells, lambda text: None, poll_s=0.01).run()
+    assert len(client.get("/v1/batches", limit=100)["data"]) == before
+    assert experiment.is_complete(cells, tried, with_kl=False)
+    assert not (tmp_path / "seed-0" / "answers-plain.json").exists()
+    jobs = [
+        client.get(f"/v1/fine_tuning/jobs/{cell(each, 'seed-0/simultaneous-job')['job_id']}")
+        for each in (done, cells)
+    ]
+    contents = [
+        list(client.ndjson("GET", f"/v1/files/{job['training_file']}/content")) for job in jobs
+    ]
+    assert contents[0] == contents[1]
+    betas = [job["method"]["dpo"]["hyperparameters"]["beta"] for job in jobs]
+    assert betas == [0.1, 0.3]
+    assert list(experiment.load_samples(cells, tried)) == [BASE, "simultaneous"]
+
+
+def test_batches_of_other_prompts_are_not_taken(design: Design, tmp_path: Path) -> None:
+    known = Cells(tmp_path / "known", json.loads(json.dumps(asdict(design))))
+    other = replace(design, prompts=design.prompts[1:])
+    cells = Cells(tmp_path / "other", json.loads(json.dumps(asdict(other))))
+    with pytest.raises(MoraError, match="the same prompts"):
+        cells.adopt(known.root, experiment.SAMPLED, experiment.TRAINING)
+    with pytest.raises(MoraError, match="must be an experiment's --out"):
+        cells.adopt(tmp_path, experiment.SAMPLED, experiment.TRAINING)
 
 
 def test_shares_add_up_and_pairs_are_drawn_alike_for_a_seed() -> None:
