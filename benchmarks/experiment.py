@@ -9,7 +9,7 @@ may be added to it. ``--scale`` multiplies prompts and steps; 1 is sized to two 
 about two hours. ``--screen N`` diagnoses N prompts first and trains on those of a single reward,
 which are the ones that MORA rewrites. A try that changes training alone (steps, beta, learning
 rate) takes the batches of a run that has them with ``--batches-from``, and may train only some
-``--arms``.
+``--arms``; one that changes how rewrites are made or accepted samples those batches ``--again``.
 
 With ``--judge-heads`` the held-out answers are scored once more by heads that nothing was trained
 against (``python -m actors.train_heads --layers 24 ...``), so that a policy which only pleases its
@@ -22,7 +22,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ from mora_serve.version_sampling import sample_of
 Json = dict[str, Any]
 NUM_PROMPTS, NUM_HELD_OUT, NUM_STEPS = 24, 48, 12
 """At scale 1."""
-SAMPLED = ("screening.json", "seed-*/batch-*.json")
+SCREENING, BATCH_CELLS = "screening.json", "seed-*/batch-{kind}*.json"
 """What does not depend on how policies are trained and judged ..."""
 TRAINING = frozenset(
     {
@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="only these")
     parser.add_argument("--batches-from", type=Path, help="--out of a run with the same batches")
+    parser.add_argument("--again", nargs="+", choices=BATCHES, default=(), help="but sample these")
     parser.add_argument("--screen", type=int, help="train on those of this many that are single")
     parser.add_argument("--order", nargs="+", help="dimensions in the order of their stages")
     parser.add_argument("--n-eval", type=int, default=4, help="held-out answers per prompt")
@@ -173,8 +174,18 @@ def open_cells(args: argparse.Namespace, design: Design, tried: Mapping[str, Any
         del configuration["num_single"]
     cells = Cells(args.out, {**configuration, "config": dict(tried)})
     if args.batches_from is not None:
-        cells.adopt(args.batches_from, SAMPLED, TRAINING)
+        adopt_batches(cells, args.batches_from, args.again)
     return cells
+
+
+def adopt_batches(cells: Cells, other: Path, again: Collection[str] = ()) -> None:
+    """Take the batches of another run, but for those to be sampled again under this one's settings.
+
+    Raises :class:`MoraError` when the other run differs in more than that lets it differ.
+    """
+    kinds = [kind for kind in (*BATCHES, "more") if kind not in again]
+    differing = {*TRAINING, "config"} if again else TRAINING
+    cells.adopt(other, [SCREENING, *(BATCH_CELLS.format(kind=kind) for kind in kinds)], differing)
 
 
 def divergence_settings(settings: Settings) -> DivergenceSettings | None:

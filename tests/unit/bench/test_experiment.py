@@ -47,13 +47,19 @@ def design() -> Design:
 
 @pytest.fixture(scope="module")
 def done(service: FakeService, design: Design, tmp_path_factory: pytest.TempPathFactory) -> Cells:
-    cells = Cells(tmp_path_factory.mktemp("experiment"), json.loads(json.dumps(asdict(design))))
+    cells = Cells(tmp_path_factory.mktemp("experiment"), configuration_of(design))
     kl = DivergenceSettings(Path("base-model"), 0.7)
     Arms(
         Client(service.url), design, cells, lambda text: None, kl=kl, run_command=one_nat_each,
         poll_s=0.01,
     ).run()  # fmt: skip
     return cells
+
+
+def configuration_of(design: Design) -> dict[str, Any]:
+    found = json.loads(json.dumps(asdict(design)))
+    del found["seeds"], found["arms"]
+    return {**found, "config": {}}
 
 
 def one_nat_each(command: list[str]) -> None:
@@ -145,11 +151,11 @@ def test_a_second_start_asks_for_nothing_and_another_design_is_refused(
     design: Design, done: Cells, service: FakeService
 ) -> None:
     before = len(Client(service.url).get("/v1/batches", limit=100)["data"])
-    again = Cells(done.root, json.loads(json.dumps(asdict(design))))
+    again = Cells(done.root, configuration_of(design))
     Arms(Client(service.url), design, again, pytest.fail, poll_s=0.01).run()
     assert len(Client(service.url).get("/v1/batches", limit=100)["data"]) == before
     with pytest.raises(MoraError, match="got another beta"):
-        Cells(done.root, json.loads(json.dumps({**asdict(design), "beta": 0.3})))
+        Cells(done.root, configuration_of(replace(design, beta=0.3)))
 
 
 def test_a_start_that_was_cut_short_goes_on_with_the_batch_it_had_created(
@@ -278,8 +284,8 @@ def test_a_try_of_other_training_takes_the_batches_and_trains_the_arms_it_names(
     service: FakeService, design: Design, done: Cells, tmp_path: Path
 ) -> None:
     tried = replace(design, beta=0.3, arms=("simultaneous",))
-    cells = Cells(tmp_path, json.loads(json.dumps(asdict(tried))))
-    cells.adopt(done.root, experiment.SAMPLED, {*experiment.TRAINING, "arms"})
+    cells = Cells(tmp_path, configuration_of(tried))
+    experiment.adopt_batches(cells, done.root)
     client = Client(service.url)
     before = len(client.get("/v1/batches", limit=100)["data"])
     Arms(client, tried, cells, lambda text: None, poll_s=0.01).run()
@@ -300,13 +306,26 @@ def test_a_try_of_other_training_takes_the_batches_and_trains_the_arms_it_names(
 
 
 def test_batches_of_other_prompts_are_not_taken(design: Design, tmp_path: Path) -> None:
-    known = Cells(tmp_path / "known", json.loads(json.dumps(asdict(design))))
+    known = Cells(tmp_path / "known", configuration_of(design))
     other = replace(design, prompts=design.prompts[1:])
-    cells = Cells(tmp_path / "other", json.loads(json.dumps(asdict(other))))
+    cells = Cells(tmp_path / "other", configuration_of(other))
     with pytest.raises(MoraError, match="the same prompts"):
-        cells.adopt(known.root, experiment.SAMPLED, experiment.TRAINING)
+        experiment.adopt_batches(cells, known.root)
     with pytest.raises(MoraError, match="must be an experiment's --out"):
-        cells.adopt(tmp_path, experiment.SAMPLED, experiment.TRAINING)
+        experiment.adopt_batches(cells, tmp_path)
+
+
+def test_batches_of_other_settings_are_taken_but_for_those_to_be_sampled_again(
+    design: Design, done: Cells, tmp_path: Path
+) -> None:
+    tried = {**configuration_of(design), "config": {"method": {"num_candidates": 4}}}
+    cells = Cells(tmp_path, tried)
+    with pytest.raises(MoraError, match="the same config"):
+        experiment.adopt_batches(cells, done.root)
+    experiment.adopt_batches(cells, done.root, ["mora"])
+    assert cells.has("seed-0/batch-plain")
+    assert not cells.has("seed-0/batch-mora")
+    assert not cells.has("seed-0/batch-mora-file")
 
 
 def test_shares_add_up_and_pairs_are_drawn_alike_for_a_seed() -> None:
