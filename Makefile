@@ -6,6 +6,8 @@ PY := .venv/bin/python
 TEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+ON_DATA = --prompts $(DATA)/prompts_mixed.jsonl --held-out $(DATA)/prompts_mixed.jsonl --screen 190 \
+	  --judge-heads .cache/judge-heads
 
 .PHONY: help
 help:  ## List the targets
@@ -61,8 +63,9 @@ bench-train: setup  ## DPO steps on a live pair stream against the same pairs fr
 	$(PY) -m benchmarks.train $(BENCH_ARGS)
 
 .PHONY: experiment
-experiment: setup  ## Does measured rewriting make a better policy? Arms by seeds, hours, resumable
-	@$(PY) -m benchmarks.experiment $(BENCH_ARGS)
+experiment: setup  ## Does measured rewriting make a better policy? Hours, resumable; DATA=directory
+	@$(if $(DATA),$(PY) -m benchmarks.judge_heads --data $(DATA))
+	@$(PY) -m benchmarks.experiment $(if $(DATA),$(ON_DATA)) $(BENCH_ARGS)
 
 .PHONY: retest
 retest: setup  ## Do classes repeat on fresh rollouts? Agreement, with the embedded policy

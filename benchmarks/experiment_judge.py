@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.experiment_arms import BASE, Design, stored_answers
 from benchmarks.experiment_cells import Cells
-from benchmarks.stack import CACHE, running
+from benchmarks.stack import prepared_model, running
 from mora_serve.client import Client
 from mora_serve.config import load_settings
 from mora_serve.errors import MoraError
@@ -61,7 +61,7 @@ def judge(
 def _judging(heads: Path) -> Iterator[Client]:
     """A stack that scores with other heads and samples nothing."""
     settings = load_settings("embedded")
-    path = str((CACHE / "models" / settings.policy.model).resolve())
+    path = str(prepared_model())
     scorer = {
         "name": "judge", "backend": "heads", "dimensions": list(settings.dimensions),
         "heads": str(heads.resolve()), "model": path,

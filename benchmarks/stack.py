@@ -34,10 +34,8 @@ def running(profile: str, overrides: Mapping[str, Any] | None = None) -> Iterato
         **(overrides or {}),
     }
     if profile == "embedded":
-        model = load_settings(profile).policy.model
-        path = str((CACHE / "models" / model).resolve())
+        path = str(prepared_model())
         settings_overrides.setdefault("policy", {}).setdefault("path", path)
-        _prepare(path)
     settings = load_settings(profile, overrides=settings_overrides)
     with StopSignals() as signals, Stack(settings, signals, _say) as stack:
         stack.wait_ready(progress=_say)
@@ -46,12 +44,15 @@ def running(profile: str, overrides: Mapping[str, Any] | None = None) -> Iterato
             yield stack
 
 
-def _prepare(path: str) -> None:
+def prepared_model() -> Path:
+    """Directory of the embedded policy's weights, prepared once and kept in the cache."""
     from mora_serve.stack import prepare_model
 
-    if not (Path(path) / "config.json").is_file():
+    path = (CACHE / "models" / load_settings("embedded").policy.model).resolve()
+    if not (path / "config.json").is_file():
         with StopSignals() as signals:
-            prepare_model(Path(path), signals, _say)
+            prepare_model(path, signals, _say)
+    return path
 
 
 def _say(text: str) -> None:
