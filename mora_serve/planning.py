@@ -79,6 +79,7 @@ class Planner:
             num_candidates=default(request.candidates, method.num_candidates),
             strategies=tuple(request.strategies or method.strategies),
             mode=default(request.mode, method.mode),
+            stages=tuple(request.dimensions or self._settings.dimensions),
             n_confirm=default(request.n_confirm, method.n_confirm),
             is_measured=default(request.acceptance, method.acceptance) == "confirmed",
             include_rollouts=default(request.include_rollouts, include_rollouts),

@@ -51,6 +51,9 @@ class RewriteOptions:
     """Candidates over all strategies, dealt to them in turn."""
     strategies: tuple[str, ...]
     mode: Mode
+    stages: tuple[Dimension, ...]
+    """The dimensions in the order in which sequential pairs align them: each stage protects those
+    before it."""
     n_confirm: int
     is_measured: bool
     """False accepts the first candidate without looking at its rewards."""
@@ -238,7 +241,7 @@ class RewriteFlow:
         rules = self._rules()
         rows: list[JSON] = []
         missing: Counter[str] = Counter()
-        for outcome in select_pairs(group, self._plan.dimensions, self._options.mode, rules):
+        for outcome in select_pairs(group, self._options.stages, self._options.mode, rules):
             if isinstance(outcome, NoPair):
                 missing[outcome.reason] += 1
                 continue

@@ -178,6 +178,24 @@ async def test_candidates_are_dealt_to_the_strategies_in_turn() -> None:
     assert Counter(c["strategy"] for c in result["candidates"]) == {"compose": 2, "null": 1}
 
 
+async def test_a_stage_protects_those_that_the_request_aligns_before_it() -> None:
+    order = ["truthful", "harmless", "helpful"]
+    answered = [
+        await service().rewrite(
+            rewrites(f"Question number {number}?", mode="sequential", dimensions=order)
+        )
+        for number in range(12)
+    ]
+    pairs = [pair for result in answered for pair in result["pairs"]]
+    assert {pair["stage"] for pair in pairs} == set(order)
+    for pair in pairs:
+        before = order[: order.index(pair["stage"])]
+        assert pair["provenance"]["aligned"] == before
+        for name in before:
+            lost = pair["rejected_scores"][name]["value"] - pair["chosen_scores"][name]["value"]
+            assert lost <= 0.5
+
+
 async def test_sequential_mode_gives_a_pair_per_stage() -> None:
     request = rewrites(reaching("helpful"), mode="sequential")
     result = await service().rewrite(request)
