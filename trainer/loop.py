@@ -9,7 +9,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,18 @@ class JobControl:
         }
         self.session.call(self.session.stores.jobs.add_event(self.job.id, event))
 
+    def tell_untrained(self, stages: Sequence[str]) -> None:
+        """Say which stages the run ended before; nothing when it came to the last one."""
+        if self.rank != 0 or not stages:
+            return
+        event = {
+            "id": f"ftevent-{self.job.run_name}-untrained",
+            "level": "warn",
+            "message": f"Not trained: {', '.join(stages)}. mora.max_steps ended the run before, or "
+            "there was no pair of them",
+        }
+        self.session.call(self.session.stores.jobs.add_event(self.job.id, event))
+
     def _add_metrics_event(self, step: int, report: Mapping[str, Any]) -> None:
         data = {**report, "train_loss": report.get("loss")}
         event = {
@@ -185,10 +197,10 @@ def _train(
     )
     start, resume_from = Position(), _last_checkpoint(scratch / "resume")
     if resume_from is not None:
-        state = RunState.load(resume_from)
-        start, source.counts.waited_s = state.position, state.waited_s
+        stored = RunState.load(resume_from)
+        start, source.counts.waited_s = stored.position, stored.waited_s
         logger.info("job %s resumes behind pair %d", job.id, start.seq)
-    run_dpo(
+    state = run_dpo(
         job,
         ResumableRows(source, start),
         model,
@@ -200,6 +212,8 @@ def _train(
         dimensions=settings.dimensions,
     )
     control.tell_skipped(source.counts.skipped)
+    if state is not None and state.done:
+        control.tell_untrained(source.stages_behind(state.position))
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

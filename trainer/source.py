@@ -93,7 +93,8 @@ class PairSource:
     world_size: int = 1
     num_epochs: int = 1
     stages: tuple[str, ...] = ()
-    """One pass per stage and epoch, over the rows whose ``stage`` it is; empty: all rows."""
+    """One pass per stage and epoch, over the rows whose ``stage`` it is; a stage has all its epochs
+    before the next one. Empty: all rows."""
     accept: Callable[[Row], bool] = accept_all
     """Must give the same answer on every rank."""
     check: Callable[[], None] = lambda: None
@@ -113,6 +114,10 @@ class PairSource:
     def num_passes(self) -> int:
         return self.num_epochs * max(1, len(self.stages))
 
+    def stages_behind(self, position: Position) -> tuple[str, ...]:
+        """The stages of which a run that ends at ``position`` has seen no row."""
+        return self.stages[position.number // self.num_epochs + 1 :]
+
     def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
         """This rank's rows behind ``start``, each with the position after its group.
 
@@ -121,7 +126,7 @@ class PairSource:
         """
         for number in range(start.number, self.num_passes):
             after = start.seq if number == start.number else -1
-            stage = self.stages[number % len(self.stages)] if self.stages else None
+            stage = self.stages[number // self.num_epochs] if self.stages else None
             group: list[Row] = []
             for row in self._pass(after):
                 if stage is not None and row.get("stage") != stage:

@@ -82,6 +82,10 @@ class Trainer:
         assert (await self.stores.jobs.current_policy())[0] in (run.model, run.policy_id)
         options = await self.stores.batches.batch_options(run.training_file)
         assert options["fixed"]["model"] == run.model
+        steps: Any = vars(self.stores.pairs)["_steps"]
+        assert {
+            name: at for name, (at, _) in steps._batches[run.training_file].readers.items()
+        } == {run.id: -1}
         if run.stages[0] in self.without_pairs:
             await complete(self.stores, run.training_file)
 

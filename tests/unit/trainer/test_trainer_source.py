@@ -176,6 +176,13 @@ def test_stages_are_trained_one_after_another() -> None:
     assert seqs(PairSource(feed, stages=("harmless", "helpful"))) == [1, 3, 5, 0, 2, 4]
 
 
+def test_a_stage_has_all_its_epochs_before_the_next_one_begins() -> None:
+    feed = ListFeed([pair(i, ("helpful", "harmless")[i % 2]) for i in range(4)])
+    source = PairSource(feed, num_epochs=2, stages=("harmless", "helpful"))
+    assert seqs(source) == [1, 3, 1, 3, 0, 2, 0, 2]
+    assert seqs(source, Position(1, 1)) == [3, 0, 2, 0, 2]
+
+
 def test_refused_rows_are_skipped_alike_on_every_rank() -> None:
     feed = ListFeed([pair(i) for i in range(10)])
 
