@@ -111,9 +111,14 @@ def _parquet_rows(data: bytes) -> list[dict[str, Any]]:
 
 def _parse(line: bytes, number: int) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError):
         raise _bad(number, "must be JSON") from None
+
+
+def _refuse(constant: str) -> Any:
+    """Python reads NaN and Infinity, JSON has neither."""
+    raise ValueError(constant)
 
 
 def _checked(row: Any, number: int) -> dict[str, Any]:
@@ -133,7 +138,16 @@ def _checked(row: Any, number: int) -> dict[str, Any]:
             raise _bad(number, f"must have a non-empty message list {name}")
         if not all(_is_encodable(turn["role"] + turn["content"]) for turn in turns):
             raise _bad(number, f"must have valid Unicode text in {name}")
+    if _words(row["chosen"]) == _words(row["rejected"]):
+        raise _bad(number, "must have a chosen answer that differs from the rejected one")
+    if not _words(row["chosen"])[-1][1]:
+        raise _bad(number, "must have a chosen answer that is not empty")
     return dict(row)
+
+
+def _words(turns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """What is said, whitespace aside."""
+    return [(turn["role"], turn["content"].split()) for turn in turns]
 
 
 def _is_message(turn: Any) -> bool:

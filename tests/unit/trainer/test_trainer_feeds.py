@@ -15,7 +15,11 @@ from trainer.feeds import StoreSession, parse_rows
 from trainer.metrics import exposition
 
 TURN = [{"role": "user", "content": "q"}]
-ROW = {"prompt": TURN, "chosen": TURN, "rejected": TURN}
+ROW = {
+    "prompt": TURN,
+    "chosen": [{"role": "assistant", "content": "good"}],
+    "rejected": [{"role": "assistant", "content": "bad"}],
+}
 
 
 def test_jsonl_rows_are_read_and_blank_lines_ignored() -> None:
@@ -51,6 +55,9 @@ def test_openai_preference_lines_are_understood() -> None:
         json.dumps({"preferred_output": TURN, "non_preferred_output": TURN, "input": "q"}).encode(),
         json.dumps({"preferred_output": TURN, "non_preferred_output": TURN, "input": [1]}).encode(),
         json.dumps({**ROW, "chosen": [{"role": "assistant", "content": "\ud800"}]}).encode(),
+        json.dumps({**ROW, "rejected": [{"role": "assistant", "content": " good\n"}]}).encode(),
+        json.dumps({**ROW, "chosen": [{"role": "assistant", "content": " "}]}).encode(),
+        json.dumps({**ROW, "margin": float("nan")}).encode(),
         b"[" * 100_000,
     ],
 )
