@@ -335,6 +335,7 @@ class DpoHyperparameters(Body):
 
     beta: Beta | None = None
     batch_size: BatchSize | None = None
+    """Pairs per step and training worker (``trainer.num_workers``, one by default)."""
     learning_rate_multiplier: LearningRateMultiplier | None = None
     n_epochs: NumEpochs | None = None
 

@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
+from starlette.datastructures import QueryParams
 from starlette.responses import Response
 
 from api.bodies import FineTuningRequest, MoraTraining, parse, read_json
@@ -43,7 +44,7 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
 TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
 BATCH_PREFIXES = ("batch_", "batch-")
-EVENTS_PER_READ = 100
+EVENTS_PER_READ = JOBS_PER_READ = 100
 
 
 @router.post("", response_model=FineTuningJob, openapi_extra=json_body(FineTuningRequest))
@@ -175,10 +176,32 @@ def _check_dimensions(deps: Deps, body: FineTuningRequest) -> None:
 
 
 @router.get("", response_model=Page[FineTuningJob])
-async def list_jobs(deps: DepsArg, after: AfterArg = None, limit: LimitArg = 20) -> Response:
-    """Jobs, newest first."""
-    jobs, has_more = await deps.stores.jobs.list_jobs(after=after, limit=limit)
-    return Json(page([present(job) for job in jobs], has_more))
+async def list_jobs(
+    request: Request, deps: DepsArg, after: AfterArg = None, limit: LimitArg = 20
+) -> Response:
+    """Jobs, newest first; ``metadata[key]=value`` keeps those that have it, ``metadata=null`` those
+    that have none."""
+    is_wanted = _metadata_filter(request.query_params)
+    found: list[dict[str, Any]] = []
+    has_more = True
+    while has_more and len(found) <= limit:
+        jobs, has_more = await deps.stores.jobs.list_jobs(after=after, limit=JOBS_PER_READ)
+        found += [job for job in jobs if is_wanted(job.get("metadata") or {})]
+        after = jobs[-1]["id"] if jobs else after
+    shown = [present(job) for job in found[:limit]]
+    return Json(page(shown, has_more or len(found) > limit))
+
+
+def _metadata_filter(query: QueryParams) -> Callable[[Mapping[str, str]], bool]:
+    """Whether a job's metadata are what ``query`` asks for."""
+    if query.get("metadata") == "null":
+        return lambda metadata: not metadata
+    wanted = {
+        name.removeprefix("metadata[").removesuffix("]"): value
+        for name, value in query.items()
+        if name.startswith("metadata[")
+    }
+    return lambda metadata: wanted.items() <= metadata.items()
 
 
 @router.get("/{job_id}", response_model=FineTuningJob)

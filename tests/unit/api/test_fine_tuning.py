@@ -116,6 +116,23 @@ async def test_jobs_are_listed_and_read(client: httpx.AsyncClient) -> None:
     assert (await client.get(f"{JOBS}/{ids[0]}")).json()["id"] == ids[0]
 
 
+async def test_jobs_are_listed_by_their_metadata(client: httpx.AsyncClient) -> None:
+    plain = await create_job(client)
+    red, blue = [
+        await create_job(client, metadata={"team": team, "kind": "x"}) for team in ("red", "blue")
+    ]
+
+    async def listed(**query: Any) -> tuple[list[str], bool]:
+        found = (await client.get(JOBS, params=query)).json()
+        return [job["id"] for job in found["data"]], found["has_more"]
+
+    assert await listed(**{"metadata[team]": "red"}) == ([red["id"]], False)
+    assert await listed(**{"metadata[team]": "red", "metadata[kind]": "y"}) == ([], False)
+    assert await listed(**{"metadata[kind]": "x", "limit": 1}) == ([blue["id"]], True)
+    assert await listed(**{"metadata[kind]": "x", "after": blue["id"]}) == ([red["id"]], False)
+    assert await listed(metadata="null") == ([plain["id"]], False)
+
+
 async def test_cancel_ends_a_job_and_leaves_a_finished_one_unchanged(
     client: httpx.AsyncClient, deps: Deps
 ) -> None:
