@@ -68,6 +68,8 @@ def evaluate(
 
     All versions answer the same prompts with the same seeds.
     """
+    if reference is not None and base_model is None:
+        raise MoraError(f"--base-model must be given with --reference, got {reference} alone")
     rows = [row for row in read_prompts(prompts) if split is None or row.get("split") == split]
     if not rows:
         raise MoraError(f"--prompts must hold at least one row of split {split}, got none")

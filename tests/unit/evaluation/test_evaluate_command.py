@@ -157,6 +157,33 @@ def test_versions_get_the_same_seeds_whatever_is_asked_in_one_request(service: F
     assert [item["rollouts"] for item in once] == [item["rollouts"] for item in again]
 
 
+def test_two_versions_are_asked_for_the_same_prompts_with_the_same_seeds() -> None:
+    flaky: Any = FlakyClient(0, "")
+    for version in ("base", "policy-with-another-name"):
+        draw(flaky, version, [f"prompt {number}" for number in range(70)], SamplingPlan(seed=2))
+    assert flaky.seeds == [*flaky.seeds[:2], *flaky.seeds[:2]]
+    assert flaky.seeds[0] != flaky.seeds[1]
+
+
+def test_kl_is_of_whole_distributions_and_names_its_base_model(
+    service: FakeService, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "base"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "mora_serve.cli.evaluate.run_evaluation",
+        lambda _client, options, *_: asked.append(options) or {},
+    )
+    base = service.settings.policy.model
+    for extra in ((), ("--base-model", str(model), "--temperature", "0.7")):
+        evaluate(service, prompts, tmp_path / "kl", "--policy", base, "--json", *extra)
+    assert [options.plan.top_p for options in asked] == [None, 1.0]
+    with pytest.raises(MoraError, match="--base-model must be given with --reference"):
+        evaluate(service, prompts, tmp_path / "kl", "--policy", base, "--reference", base)
+
+
 def test_a_prompt_keeps_its_seed_however_the_list_is_cut_into_requests() -> None:
     plan = SamplingPlan(seed=3)
     assert plan.body(["c"], "m", 2)["seed"] == plan.body(["a", "b", "c"], "m", 0)["seed"] + 2

@@ -119,6 +119,22 @@ def test_the_order_of_answers_says_nothing(rows: list[list[Answer]], random: obj
         assert plain.ceilings[name].value == pytest.approx(other.ceilings[name].value)
 
 
+def test_a_version_that_is_longer_and_better_keeps_what_length_does_not_explain() -> None:
+    item = evaluate(drawn(1), drawn(2, shift=0.4, longer=0.8)).comparisons[0].changes["helpful"]
+    assert item.change.value == pytest.approx(0.4 + 0.5 * 0.8, abs=0.1)
+    assert item.adjusted.value == pytest.approx(0.4, abs=0.1)
+
+
+def test_a_prompt_counts_while_half_of_its_answers_have_a_score() -> None:
+    def row(num_missing: int) -> list[Answer]:
+        scored = [Answer({"helpful": 1.0, "harmless": 1.0}, {}, 9, False)] * (4 - num_missing)
+        return [*scored, *[Answer({}, {}, 9, False)] * num_missing]
+
+    for num_missing, value in ((2, 1.0), (3, None)):
+        found = evaluate(version("a", [row(num_missing)])).versions[0]
+        assert found.rewards["helpful"].value == value
+
+
 def test_two_draws_of_one_version_show_no_difference_and_a_better_version_does() -> None:
     found = evaluate(drawn(1), drawn(2), drawn(3, shift=0.3))
     same, better = (item.changes["helpful"] for item in found.comparisons)
