@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from mora_serve.config import TrainerSettings
@@ -34,8 +35,11 @@ class Recorder:
         self.metrics: dict[int, Mapping[str, float]] = {}
         self.margins: dict[int, float] = {}
         self.checkpoints: list[int] = []
+        self.draws: dict[int, float] = {}
+        """A number drawn in every step, as dropout would draw it."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.draws[step] = float(torch.rand(()))
         self.losses[step] = metrics["loss"]
         self.metrics[step] = metrics
         self.margins[step] = metrics["rewards/margins"]
@@ -118,6 +122,7 @@ def test_a_resumed_run_repeats_an_unbroken_one_step_by_step(model_dir: str, tmp_
     assert sorted(resumed.losses) == [3, 4, 5, 6]
     for step, loss in resumed.losses.items():
         assert loss == pytest.approx(unbroken.losses[step], rel=1e-3)
+    assert resumed.draws == {step: unbroken.draws[step] for step in resumed.draws}
 
 
 def test_a_finished_run_is_not_trained_again(model_dir: str, tmp_path: Path) -> None:
