@@ -34,7 +34,9 @@ from benchmarks.experiment_judge import judge
 from benchmarks.experiment_table import (
     PAPER,
     Samples,
+    alternative_lines,
     compare_arms,
+    compare_with_alternatives,
     confirmations,
     control_rates,
     kl_lines,
@@ -143,9 +145,14 @@ def make_design(args: argparse.Namespace) -> Design:
     else:
         prompts = _spread(_of_split(args.prompts, {"train"}))
         held_out = _spread(_of_split(args.held_out, {"test", "held-out", "validation"}))
-    num_prompts = max(1, round(NUM_PROMPTS * args.scale))
+    num_prompts, num_held_out = (
+        max(1, round(number * args.scale)) for number in (NUM_PROMPTS, NUM_HELD_OUT)
+    )
+    if args.prompts is not None:
+        _require_enough("--prompts", len(prompts), args.screen or num_prompts)
+        _require_enough("--held-out", len(held_out), num_held_out)
     prompts = prompts[: args.screen or num_prompts]
-    held_out = held_out[: max(1, round(NUM_HELD_OUT * args.scale))]
+    held_out = held_out[:num_held_out]
     both = {content_hash(prompt) for prompt in prompts} & {content_hash(p) for p in held_out}
     if both:
         raise MoraError(f"--held-out must share no prompt with --prompts, got {len(both)} in both")
@@ -164,6 +171,11 @@ def make_design(args: argparse.Namespace) -> Design:
         num_single=num_prompts if args.screen else None,
         arms=tuple(arm for arm in ARMS if arm in args.arms),
     )
+
+
+def _require_enough(option: str, given: int, wanted: int) -> None:
+    if given < wanted:
+        raise MoraError(f"{option} must hold {wanted} prompts at this --scale, got {given}")
 
 
 def open_cells(args: argparse.Namespace, design: Design, tried: Mapping[str, Any]) -> Cells:
@@ -286,7 +298,13 @@ def write_results(
             continue
         found, by_seed = compare_arms(arms, n)
         lines += table_lines(found, by_seed, f"Judged by {title}")
-        results[title] = {"evaluation": asdict(found), "by_seed": by_seed}
+        against = compare_with_alternatives(arms, n)
+        lines += alternative_lines(against)
+        results[title] = {
+            "evaluation": asdict(found),
+            "by_seed": by_seed,
+            "against": {rival: asdict(each) for rival, each in against.items()},
+        }
     thresholds = threshold_lines(
         {kind: confirmations(batches, kind) for kind in KINDS},
         confidence=method.confidence,

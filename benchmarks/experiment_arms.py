@@ -280,7 +280,8 @@ class Arms:
             name = f"seed-{seed}/stage-{place}-{dimension}"
             rows = slice(first, first + share_of(len(self._design.prompts), place, stages))
             first = rows.stop
-            batch = self._run_batch(f"{name}-batch", {"mode": "sequential"}, version, seed, rows)
+            fields = {"mode": "sequential", "dimensions": list(stages)}
+            batch = self._run_batch(f"{name}-batch", fields, version, seed, rows)
             found = [pair for pair in batch["pairs"] if pair["stage"] == dimension]
             pairs = chosen_pairs(found, min(len(found), share_of(num_pairs, place, stages)), seed)
             if not pairs:

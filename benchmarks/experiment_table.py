@@ -28,6 +28,7 @@ PAPER = (
     "Paper (arXiv 2605.11679; larger models, other data, another scale of percent): +4.6 % overall "
     "reward in simultaneous alignment, +5 to +12.4 % per preference in sequential alignment."
 )
+ALTERNATIVES, OURS = ("plain", "more", "unmeasured"), ("simultaneous", "sequential")
 OPEN_CLASSES = frozenset({"uncertain", "unknown", None})
 
 
@@ -51,6 +52,36 @@ def compare_arms(samples: Samples, n: int, seed: int = 0) -> tuple[Evaluation, J
             for k, change in item.changes.items():
                 by_seed[item.name].setdefault(k, []).append(change.change.value)
     return found, by_seed
+
+
+def compare_with_alternatives(samples: Samples, n: int, seed: int = 0) -> dict[str, Evaluation]:
+    """MORA's arms against each arm that is not MORA: the intervals of their paired differences."""
+    rivals = [arm for arm in samples if arm in ALTERNATIVES]
+    ours = [pooled(samples[arm], arm) for arm in samples if arm in OURS]
+    if not ours:
+        return {}
+    return {
+        rival: evaluate_versions([pooled(samples[rival], rival), *ours], n, seed)
+        for rival in rivals
+    }
+
+
+def alternative_lines(found: Mapping[str, Evaluation]) -> list[str]:
+    """One Markdown table: change of mean reward of MORA's arms over each alternative."""
+    if not found:
+        return []
+    names = [*next(iter(found.values())).dimensions, OVERALL]
+    lines = [
+        "MORA against its alternatives, change of mean reward on the same prompts, z:",
+        "",
+        _row("arm", names),
+        _row("---", ["---:"] * len(names)),
+    ]
+    for rival, each in found.items():
+        for item in each.comparisons:
+            cells = [_cell(item.changes[k].change, 2) for k in names]
+            lines.append(_row(f"{item.name} − {rival}", cells))
+    return [*lines, ""]
 
 
 def table_lines(found: Evaluation, by_seed: Json, title: str) -> list[str]:

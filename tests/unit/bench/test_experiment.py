@@ -198,6 +198,8 @@ def test_the_table_has_every_arm_with_both_scorers_the_rates_and_the_papers_figu
         "+4.6 %",
         "per seed",
         "at other thresholds",
+        "simultaneous − plain",
+        "sequential − unmeasured",
     ):
         assert part in text
     assert text.count("### Judged by") == 2
@@ -205,6 +207,14 @@ def test_the_table_has_every_arm_with_both_scorers_the_rates_and_the_papers_figu
     found = results["the scorer trained against"]
     assert [item["name"] for item in found["evaluation"]["comparisons"]] == list(ARMS)
     assert len(found["by_seed"]["plain"]["overall"]) == len(SEEDS)
+    changes = [
+        each["changes"]["overall"]["change"]["value"] for each in found["evaluation"]["comparisons"]
+    ]
+    plain, ours = changes[0], changes[3]
+    assert [item["name"] for item in found["against"]["plain"]["comparisons"]] == list(ARMS[3:])
+    against = found["against"]["plain"]["comparisons"][0]["changes"]["overall"]["change"]
+    assert against["value"] == pytest.approx(ours - plain)
+    assert against["low"] < against["value"] < against["high"]
     assert [item["per_token"]["value"] for item in results["kl"]["plain"]] == [0.5, 0.5]
     assert found["evaluation"]["versions"][0]["num_answers"] == 2 * 4 * len(design.held_out)
 
