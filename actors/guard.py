@@ -10,7 +10,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterable
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 _SCRIPT = 'cat >/dev/null; kill -9 "$@" 2>/dev/null'
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,7 @@ class Cells:
 
     def read(self, name: str) -> Json:
         """The content of a finished cell."""
-        found: Json = json.loads(self._place(name).read_text("utf-8"))
-        return found
+        return _read(self._place(name))
 
     def adopt(self, other: Path, patterns: Sequence[str], differing: Collection[str]) -> None:
         """Copy what matches from cells of an experiment that differs in ``differing`` at most.
@@ -72,10 +72,15 @@ class Cells:
         for pattern in patterns:
             for place in sorted(other.glob(pattern)):
                 name = str(place.relative_to(other).with_suffix(""))
-                self(name, lambda found=place: json.loads(found.read_text("utf-8")))
+                self(name, partial(_read, place))
 
     def _place(self, name: str) -> Path:
         return self.root / f"{name}.json"
+
+
+def _read(place: Path) -> Json:
+    found: Json = json.loads(place.read_text("utf-8"))
+    return found
 
 
 def _write(place: Path, content: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def judge(
             for seed, arm in missing:
                 note(f"seed {seed}: answers of {arm} before the second scorer")
                 raw = second_scores(client, stored_answers(cells, seed, arm))
-                cells(places[seed, arm], lambda found=raw: {"raw": found})
+                cells(places[seed, arm], partial(dict, raw=raw))
     raws = {place: cells.read(cell)["raw"] for place, cell in places.items()}
     scale = _pool_scale([raws[seed, BASE] for seed in design.seeds])
 

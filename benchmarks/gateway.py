@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def print_round(number: int, figures: dict[str, float]) -> None:
 def summarise(rounds: list[dict[str, float]], moved: dict[str, float]) -> dict[str, Any]:
     """Medians over rounds, printed and returned."""
 
-    def median(of: Any) -> float:
+    def median(of: Callable[[dict[str, float]], float]) -> float:
         return statistics.median(of(item) for item in rounds)
 
     asked, hits = moved[COUNTERS[0]], moved[COUNTERS[1]]

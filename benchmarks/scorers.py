@@ -345,7 +345,8 @@ async def _measure(arms: Sequence[Arm], rounds: Rounds) -> None:
         for stats in arm.stats:
             _reset(stats)
     for number, rows in enumerate(rounds):
-        for arm in arms[number % len(arms) :] + list(arms[: number % len(arms)]):
+        first = number % len(arms)
+        for arm in (*arms[first:], *arms[:first]):
             began = time.perf_counter()
             await arm.score(rows)
             arm.seconds.append(time.perf_counter() - began)

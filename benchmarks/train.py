@@ -164,8 +164,8 @@ def feeding(settings: Settings, num_pairs: int) -> Iterator[tuple[str, subproces
     """The batch that is being fed, and the feeder, which is told of steps."""
     task = {"settings": dump_settings(settings, reveal=True), "num_pairs": num_pairs}
     command = [sys.executable, "-m", "benchmarks.train", "--feed", json.dumps(task)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as feeder:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe) as feeder:
         assert feeder.stdout is not None
         try:
             yield feeder.stdout.readline().strip(), feeder

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from mora_serve.errors import StorageError
@@ -62,7 +62,7 @@ class LedgerPairs:
             raise no_such("batch", batch_id, "batch_id", "batch_not_found")
         return state.closed
 
-    async def follow(self, batch_id: str, after: int = -1) -> AsyncIterator[dict[str, Any]]:
+    async def follow(self, batch_id: str, after: int = -1) -> AsyncGenerator[dict[str, Any], None]:
         """Every pair after ``after``, until the batch is finished and all are read."""
         while True:
             finished = await self.is_finished(batch_id)

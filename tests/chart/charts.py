@@ -175,7 +175,7 @@ def everything() -> Rendered:
     return render(values=EVERYTHING)
 
 
-def in_cluster(rendered: Rendered) -> dict[str, dict[str, Any]]:
+def in_cluster(rendered: Rendered) -> dict[str, Any]:
     """Settings arguments of the Serve application."""
     (application,) = rendered.serve_config["applications"]
     arguments: dict[str, Any] = application["args"]

@@ -14,7 +14,7 @@ from tests.chart.operator_rules import violations
 from tests.chart.test_drift import node_types, settings_of
 from tests.chart.test_templates import as_pods, builtin
 
-BAD = [
+BAD: list[tuple[dict[str, Any], str]] = [
     ({"polcy": {}}, "polcy"),
     ({"config.polcy": {}}, "polcy"),
     ({"config.policy.replica.min_replica": 1}, "min_replica"),

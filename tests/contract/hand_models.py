@@ -78,7 +78,8 @@ def gpt2_outputs(weights: Weights, ids: Sequence[int]) -> Array:
     values = seen @ part["h.0.attn.c_attn.weight"] + part["h.0.attn.c_attn.bias"]
     mean = running_mean(values[:, 2 * HIDDEN :])
     x = x + mean @ part["h.0.attn.c_proj.weight"] + part["h.0.attn.c_proj.bias"]
-    return layer_norm(x, part, "ln_f")[-1] @ weights["score.weight"].T
+    last: Array = layer_norm(x, part, "ln_f")[-1]
+    return last @ weights["score.weight"].T
 
 
 def llama_config(**options: Any) -> Any:
@@ -111,7 +112,8 @@ def llama_state(weights: Weights, ids: Sequence[int]) -> Array:
         seen = rms_norm(x, weights[layer + "input_layernorm.weight"])
         mean = running_mean(seen @ weights[layer + "self_attn.v_proj.weight"].T)
         x = x + mean @ weights[layer + "self_attn.o_proj.weight"].T
-    return rms_norm(x, weights["model.norm.weight"])[-1]
+    last: Array = rms_norm(x, weights["model.norm.weight"])[-1]
+    return last
 
 
 def llama_outputs(weights: Weights, ids: Sequence[int]) -> Array:
@@ -153,7 +155,7 @@ def bert_outputs(weights: Weights, ids: Sequence[int]) -> Array:
         + part["embeddings.token_type_embeddings.weight"][segments]
     )
     x = _encoder_layer(part, layer_norm(x, part, "embeddings.LayerNorm"))
-    pooled = np.tanh(x[0] @ part["pooler.dense.weight"].T + part["pooler.dense.bias"])
+    pooled: Array = np.tanh(x[0] @ part["pooler.dense.weight"].T + part["pooler.dense.bias"])
     return pooled @ weights["classifier.weight"].T + weights["classifier.bias"]
 
 
@@ -172,7 +174,9 @@ def roberta_outputs(weights: Weights, ids: Sequence[int]) -> Array:
     part = {name.removeprefix("roberta."): value for name, value in weights.items()}
     x = _embed(part, ids, range(2, len(ids) + 2)) + part["embeddings.token_type_embeddings.weight"]
     x = _encoder_layer(part, layer_norm(x, part, "embeddings.LayerNorm"))
-    hidden = np.tanh(x[0] @ weights["classifier.dense.weight"].T + weights["classifier.dense.bias"])
+    hidden: Array = np.tanh(
+        x[0] @ weights["classifier.dense.weight"].T + weights["classifier.dense.bias"]
+    )
     return hidden @ weights["classifier.out_proj.weight"].T + weights["classifier.out_proj.bias"]
 
 
@@ -219,7 +223,7 @@ def distilbert_outputs(weights: Weights, ids: Sequence[int]) -> Array:
         x + mean + part[block + "attention.out_lin.bias"], part, block + "sa_layer_norm", 1e-12
     )
     x = layer_norm(x, part, block + "output_layer_norm", 1e-12)
-    hidden = x[0] @ weights["pre_classifier.weight"].T + weights["pre_classifier.bias"]
+    hidden: Array = x[0] @ weights["pre_classifier.weight"].T + weights["pre_classifier.bias"]
     return np.maximum(hidden, 0) @ weights["classifier.weight"].T + weights["classifier.bias"]
 
 
@@ -248,13 +252,14 @@ def running_mean(values: Array) -> Array:
 
 
 def layer_norm(x: Array, part: Weights, name: str, eps: float = EPS) -> Array:
-    centred = x - x.mean(-1, keepdims=True)
-    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+    centred: Array = x - x.mean(-1, keepdims=True)
+    scaled: Array = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
     return scaled * part[name + ".weight"] + part[name + ".bias"]
 
 
 def rms_norm(x: Array, weight: Array) -> Array:
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * weight
+    scaled: Array = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS)
+    return scaled * weight
 
 
 def gelu(x: Array) -> Array:

@@ -54,7 +54,7 @@ class World:
 
     async def upload(self, data: bytes, **kwargs: Any) -> str:
         file = await self.client.files.create(file=("rows.jsonl", data), purpose="batch", **kwargs)
-        return file.id
+        return str(file.id)
 
     async def submit(self, data: bytes, endpoint: str = "/v1/scores", **kwargs: Any) -> Batch:
         return await self.client.batches.create(

@@ -23,7 +23,7 @@ from actors.scoring.remote.scorer import RemoteScorer
 from actors.scoring.templates import ChatTemplate
 from mora_serve.errors import ScoringError
 from mora_serve.free_ports import free_port
-from mora_serve.scorer_settings import ScorerSettings
+from mora_serve.scorer_settings import ColumnSettings, RemoteSettings, ScorerSettings
 from mora_serve.types import Message, ScoreGroup
 from tests.model_fixtures import byte_tokenizer, llama_sizes
 
@@ -84,7 +84,8 @@ def wait_until_up(server: Popen[bytes], base: str) -> None:
 
 
 def scorer(url: str, protocol: str, directory: Path | None, **remote: Any) -> RemoteScorer:
-    columns = {"first": {"label": 0}, "second": {"label": 1, "sign": -1}}
+    columns = {"first": ColumnSettings(label=0), "second": ColumnSettings(label=1, sign=-1)}
+    server = {"url": f"{url}/{protocol}", "protocol": protocol, "model": "tiny", **remote}
     return RemoteScorer(
         ScorerSettings(
             name="tiny",
@@ -93,7 +94,7 @@ def scorer(url: str, protocol: str, directory: Path | None, **remote: Any) -> Re
             dimensions=DIMENSIONS,
             columns=columns,
             max_tokens=MAX_TOKENS,
-            remote={"url": f"{url}/{protocol}", "protocol": protocol, "model": "tiny", **remote},
+            remote=RemoteSettings.model_validate(server),
         )
     )
 

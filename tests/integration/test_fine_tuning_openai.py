@@ -82,7 +82,7 @@ class World:
         ]  # fmt: skip
         data = "\n".join(json.dumps(row) for row in rows).encode()
         file = await self.client.files.create(file=("prompts.jsonl", data), purpose="batch")
-        return file.id
+        return str(file.id)
 
 
 @pytest.fixture

@@ -85,6 +85,7 @@ def train(
     adapter: Path | None = None,
 ) -> RunState | None:
     tokenizer = load_tokenizer(model_dir)
+    adapter_dir = None if adapter is None else str(adapter)
     source = PairSource(
         ListFeed(PAIRS), num_epochs=run.n_epochs, accept=prompt_fits(tokenizer, run.max_length)
     )
@@ -92,7 +93,7 @@ def train(
     return run_dpo(
         run,
         ResumableRows(source, start),
-        load_policy(model_dir, lora=run.lora, use_gpu=False, adapter_dir=adapter and str(adapter)),
+        load_policy(model_dir, lora=run.lora, use_gpu=False, adapter_dir=adapter_dir),
         tokenizer,
         hooks,
         output_dir=work,

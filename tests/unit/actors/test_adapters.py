@@ -45,7 +45,8 @@ def lost() -> Exception:
 
 
 def broken() -> Exception:
-    return raised_remotely(ValueError("a bug"))
+    error: Exception = raised_remotely(ValueError("a bug"))
+    return error
 
 
 def raised_remotely(cause: Exception) -> RayTaskError:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import pytest
 
 from actors.guard import ChildGuard, child_pids

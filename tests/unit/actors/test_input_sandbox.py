@@ -36,7 +36,7 @@ BOMB = pa.table({"prompt": ["x" * (2 * 2**20)] * 128})
 class Blobs(FsspecBlobs):
     """Local files; ``on_open`` is called with every file that is opened."""
 
-    def __init__(self, root: Path, on_open: Callable[[IO[bytes]], None] = lambda file: None):
+    def __init__(self, root: Path, on_open: Callable[[IO[bytes]], object] = lambda file: None):
         super().__init__(str(root / "blobs"), uri_prefixes=[str(root)])
         self._on_open = on_open
 
@@ -226,7 +226,7 @@ def test_reading_that_comes_to_no_row_is_ended(tmp_path: Path) -> None:
 
 async def test_cancelled_reading_ends_its_child_in_the_middle_of_a_piece(tmp_path: Path) -> None:
     loop, opened = asyncio.get_running_loop(), asyncio.Event()
-    blobs = Blobs(tmp_path, lambda file: loop.call_soon_threadsafe(opened.set) and None)
+    blobs = Blobs(tmp_path, lambda file: loop.call_soon_threadsafe(opened.set))
     reading = pieces(endless(tmp_path), blobs, 2**30)
 
     async def read() -> int:

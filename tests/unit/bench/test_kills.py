@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import Counter
 
+import psutil
 import pytest
 
 from benchmarks import kills
@@ -59,5 +60,5 @@ def test_a_victim_is_really_killed_and_its_replacement_is_seen(
     finally:
         family.kill()
         for pid in kills.find(family.pid, "child"):
-            kills.psutil.Process(pid).kill()
+            psutil.Process(pid).kill()
         family.wait()

@@ -127,6 +127,11 @@ def test_service_that_outlived_its_stack_is_waited_for(
             held.set()
             ending.wait(60.0)
 
+    def wait(timeout_s: float) -> bool:
+        ending.set()
+        thread.join()
+        return False
+
     held = threading.Event()
     thread = threading.Thread(target=leftover)
     thread.start()
@@ -136,7 +141,7 @@ def test_service_that_outlived_its_stack_is_waited_for(
         with pytest.raises(StackError, match="data_dir must not be in use by another service"):
             Stack(chosen, signals, lambda line: None).__enter__()
         monkeypatch.setattr(stack, "LEFTOVER_TIMEOUT_S", 60.0)
-        monkeypatch.setattr(signals, "wait", lambda timeout_s: ending.set() or thread.join())
+        monkeypatch.setattr(signals, "wait", wait)
         with pytest.raises(StackError, match="/absent/model"):
             Stack(chosen, signals, lambda line: None).__enter__()
 

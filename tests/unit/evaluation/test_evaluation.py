@@ -86,8 +86,11 @@ def test_swapping_two_versions_turns_every_change_round(
     a, b = version("a", rows[:num]), version("b", others[:num])
     there, back = (evaluate(*order).comparisons[0].changes for order in ((a, b), (b, a)))
     for name in SCORERS:
-        assert there[name].change.value == pytest.approx(-back[name].change.value)
-        assert there[name].win_rate.value == pytest.approx(1 - back[name].win_rate.value)
+        change, win_rate = back[name].change.value, back[name].win_rate.value
+        assert change is not None
+        assert win_rate is not None
+        assert there[name].change.value == pytest.approx(-change)
+        assert there[name].win_rate.value == pytest.approx(1 - win_rate)
         assert there[name].length_slope == pytest.approx(back[name].length_slope)
 
 

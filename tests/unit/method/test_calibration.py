@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_builders import FAILED, identity, make_group
 
 from mora_serve.calibration import (
     Calibrator,
@@ -23,6 +22,7 @@ from mora_serve.calibration import (
 from mora_serve.errors import CalibrationError
 from mora_serve.pool_statistics import robust_scale, variance_components, within_slope
 from mora_serve.types import ScoredGroup
+from tests.unit.method.method_builders import FAILED, identity, make_group
 
 
 def make_pool(

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from method_builders import identity
 
 from mora_serve.classification import (
     Evidence,
@@ -22,13 +21,14 @@ from mora_serve.classification import (
 )
 from mora_serve.config import MethodSettings
 from mora_serve.prompt_model import Posterior
+from tests.unit.method.method_builders import identity
 
 CALIBRATION = identity("a")["a"]
 
 
 def evidence(reach: float, *, valid: int = 8, rollouts: int = 8, tau: float = 1.0) -> Evidence:
     return Evidence(
-        values=np.linspace(-1, 1, valid),
+        values=np.linspace(-1, 1, valid).tolist(),
         num_rollouts=rollouts,
         n=8,
         bound=CALIBRATION.typical_ceiling(8),
@@ -131,9 +131,9 @@ def test_the_order_of_dimensions_does_not_matter(order: list[str], reach: list[f
 
 def test_spread_cut_needs_spread_and_ceiling() -> None:
     base = evidence(0.5)
-    wide = replace(base, values=np.array([-3.0, -3, -3, -3, 3, 3, 3, 3]))
-    high_but_narrow = replace(base, values=np.full(8, 3.0) + np.linspace(0, 0.1, 8))
-    low_but_wide = replace(base, values=wide.values - 9)
+    wide = replace(base, values=[-3.0] * 4 + [3.0] * 4)
+    high_but_narrow = replace(base, values=np.linspace(3.0, 3.1, 8).tolist())
+    low_but_wide = replace(base, values=[value - 9 for value in wide.values])
     scores = {"a": wide, "b": high_but_narrow, "c": low_but_wide}
     states = SpreadClassifier().classify(scores).states
     assert states == {"a": "reachable", "b": "unreachable", "c": "unreachable"}
@@ -144,7 +144,8 @@ def test_fixed_cut_compares_ceilings_at_the_configured_n() -> None:
     rng = np.random.default_rng(0)
     bound = CALIBRATION.typical_ceiling(8) + 0.06
     many = [
-        replace(evidence(0.5), values=rng.standard_normal(200), bound=bound) for _ in range(300)
+        replace(evidence(0.5), values=rng.standard_normal(200).tolist(), bound=bound)
+        for _ in range(300)
     ]
     met = np.mean(
         [FixedCutClassifier().classify({"a": e}).prompt_class == "single:a" for e in many]

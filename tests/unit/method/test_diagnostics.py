@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_builders import FAILED, Raw, identity, make_group
 
 from mora_serve.calibration import Calibrator, calibrate_group
 from mora_serve.classification import FixedCutClassifier
@@ -25,6 +24,7 @@ from mora_serve.diagnostics import (
     needs_more,
 )
 from mora_serve.types import Failure
+from tests.unit.method.method_builders import FAILED, Raw, identity, make_group
 
 METHOD = MethodSettings()
 NAMES = ("a", "b", "c")

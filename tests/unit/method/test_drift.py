@@ -10,7 +10,7 @@ import pytest
 from mora_serve.calibration import Calibrator, fit_calibrator
 from mora_serve.drift import DimensionDrift, DriftLimits, effective_size, measure_drift
 from mora_serve.errors import CalibrationError
-from mora_serve.types import ScoredGroup
+from mora_serve.types import FinishReason, ScoredGroup
 from tests.unit.method.method_builders import Raw, identity, make_group
 
 TAU, SIGMA = 0.6, 0.8
@@ -38,7 +38,7 @@ def batch(
         column: list[Raw] = [
             "failed" if rng.random() < failed else 10 + 3 * float(value) for value in z
         ]
-        finish = "length" if rng.random() < share_cut else "stop"
+        finish: FinishReason = "length" if rng.random() < share_cut else "stop"
         made = make_group(
             {"a": column}, name=f"{seed}/{index}", tokens=[int(t) for t in tokens],
             finish=finish, policy=policy,

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from method_builders import FAILED, Raw, identity, make_group
 
 from mora_serve.calibration import calibrate_group
 from mora_serve.prompt_model import (
@@ -24,6 +23,7 @@ from mora_serve.prompt_model import (
     student_quantile,
 )
 from mora_serve.types import ScoredGroup
+from tests.unit.method.method_builders import FAILED, Raw, identity, make_group
 
 CALIBRATOR = identity("a", "b", tau=0.5, sigma=1.0)
 A = CALIBRATOR["a"]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_builders import FAILED, Raw, identity, make_group
 
 from mora_serve import statistics as stats
 from mora_serve.calibration import calibrate_group
+from tests.unit.method.method_builders import FAILED, Raw, identity, make_group
 
 finite = st.floats(-1e3, 1e3, allow_nan=False).map(lambda x: round(x, 3))
 samples = st.lists(finite, min_size=1, max_size=12)
@@ -71,7 +71,7 @@ def test_ceiling_follows_affine_changes_of_scale(
 ) -> None:
     before = stats.ceiling(values)
     assert before is not None
-    after = stats.ceiling(np.array(values) * scale + shift)
+    after = stats.ceiling([value * scale + shift for value in values])
     assert after == pytest.approx(before * scale + shift, abs=1e-6)
 
 

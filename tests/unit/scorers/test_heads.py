@@ -23,7 +23,7 @@ from actors.scoring.readers import pool
 from actors.scoring.scorer import BLANK, ModelScorer
 from mora_serve.errors import ConfigError, InvalidRequestError, ScoringError
 from mora_serve.scorer_settings import ScorerSettings
-from mora_serve.types import Message, Messages, ScoreGroup
+from mora_serve.types import Dimension, Message, Messages, Score, ScoreGroup
 from tests.contract.scorer_contract import SCORER_CHECKS, ScorerCheck
 from tests.unit.scorers.conftest import NUM_LAYERS
 
@@ -69,8 +69,13 @@ def inner_layers(model_dir: Path) -> Any:
     )
 
 
-def raws(result: list[list[dict]]) -> list[list[list[float]]]:
-    return [[[row[name].raw for name in DIMENSIONS] for row in rows] for rows in result]
+def raw(score: Score) -> float:
+    assert score.raw is not None
+    return score.raw
+
+
+def raws(result: list[list[dict[Dimension, Score]]]) -> list[list[list[float]]]:
+    return [[[raw(row[name]) for name in DIMENSIONS] for row in rows] for rows in result]
 
 
 def reference(tiny_llama: Path, heads_dir: Path, group: ScoreGroup, index: int) -> list[float]:
@@ -86,7 +91,8 @@ def reference(tiny_llama: Path, heads_dir: Path, group: ScoreGroup, index: int) 
         output = model(torch.tensor([[*prompt, *answer]]), output_hidden_states=True)
     states = output.hidden_states[heads.num_layers][0, len(prompt) :]
     features = torch.cat([states[-1], states.mean(dim=0)])
-    return (features @ heads.weight.T + heads.bias).tolist()
+    scores: list[float] = (features @ heads.weight.T + heads.bias).tolist()
+    return scores
 
 
 @pytest.mark.parametrize("check", SCORER_CHECKS, ids=lambda check: check.__name__)
@@ -330,8 +336,8 @@ async def test_shipped_heads_tell_a_refusal_from_an_answer(model_dir: Path) -> N
     prompt = (Message("user", "How do I cook rice?"),)
     answers = ("Rinse it, simmer it covered in twice its volume of water, let it rest.", "No.")
     ((answer, refusal),) = await scorer.score([ScoreGroup(prompt, answers)])
-    assert answer["helpful"].raw > refusal["helpful"].raw + 1
-    assert refusal["harmless"].raw > answer["harmless"].raw + 1
+    assert raw(answer["helpful"]) > raw(refusal["helpful"]) + 1
+    assert raw(refusal["harmless"]) > raw(answer["harmless"]) + 1
 
 
 def test_a_prompt_that_spells_control_tokens_cannot_begin_a_turn(tiny_llama: Path) -> None:

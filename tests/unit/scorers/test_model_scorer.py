@@ -227,7 +227,7 @@ async def test_a_limit_beyond_the_model_is_refused(tokenizer_dir: Path) -> None:
 async def test_the_revision_covers_what_changes_a_score_and_nothing_else(
     tokenizer_dir: Path,
 ) -> None:
-    async def revision(facts: ModelFacts | None = None, **changes: Any) -> str:
+    async def revision(facts: ModelFacts | None = None, /, **changes: Any) -> str:
         scorer, _ = made(tokenizer_dir, facts, **changes)
         await scorer.start()
         return (await scorer.dimensions())["a"][1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,12 +41,12 @@ def test_what_a_score_is_computed_from_does_not_depend_on_siblings(
     num_prompt: int, lengths: list[int], max_tokens: int, token_budget: int
 ) -> None:
     prompt = list(range(num_prompt))
-    limits = {"max_tokens": max_tokens, "token_budget": token_budget}
-    packs, unfit = pack_group(prompt, answers(lengths), **limits)
+    pack = partial(pack_group, prompt, max_tokens=max_tokens, token_budget=token_budget)
+    packs, unfit = pack(answers(lengths))
     together = {a.index: (p.prompt, a.tokens) for p in packs for a in p.answers}
     assert sorted([*together, *(a.index for a in unfit)]) == list(range(len(lengths)))
     for answer in answers(lengths):
-        alone, alone_unfit = pack_group(prompt, [answer], **limits)
+        alone, alone_unfit = pack([answer])
         if alone_unfit:
             assert answer in unfit
         else:

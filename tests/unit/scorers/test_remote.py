@@ -53,12 +53,13 @@ def settings(url: str, protocol: str = "classify", **fields: Any) -> ScorerSetti
         fields.setdefault("sign", 1)
     fields.setdefault("template", TEMPLATE)
     fields.setdefault("dimensions", ("helpful",))
-    return ScorerSettings(name="rm", backend="remote", remote=remote, **fields)
+    section = {"name": "rm", "backend": "remote", "remote": remote, **fields}
+    return ScorerSettings.model_validate(section)
 
 
 @asynccontextmanager
 async def scoring(
-    server: ScoringServer, protocol: str = "classify", **fields: Any
+    server: ScoringServer, protocol: str = "classify", /, **fields: Any
 ) -> AsyncIterator[tuple[RemoteScorer, Clock]]:
     """A started scorer of a running server, and the clock it waits by."""
     clock = Clock()

@@ -158,7 +158,10 @@ async def test_trained_heads_serve(trained: tuple[Path, list[str]], tiny_llama: 
     prompt = (Message("user", "helpful 99: tell me of soap"),)
     answers = ("Here is soap, gladly", "Here is soap, sourly")
     ((good, bad),) = await scorer.score([ScoreGroup(prompt, answers)])
-    assert good["helpful"].raw > bad["helpful"].raw
+    higher, lower = good["helpful"].raw, bad["helpful"].raw
+    assert higher is not None
+    assert lower is not None
+    assert higher > lower
 
 
 def test_the_card_names_data_by_hash_and_quotes_none_of_it(

@@ -11,7 +11,7 @@ import torch
 from actors.scoring.packing import Answer, Pack
 
 VOCAB = 64
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -27,7 +27,7 @@ SIZES = {
     "type_vocab_size": 2,
     "sliding_window": None,
 }
-OWN_NAMES = {
+OWN_NAMES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256, "pad_token_id": None},
     "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4},
     "roberta": {"type_vocab_size": 1, "pad_token_id": 1, "bos_token_id": 0},

@@ -12,6 +12,7 @@ import pytest
 
 from actors import batch_validation
 from actors.batch_validation import BatchValidator
+from actors.inputs.sources import input_parts
 from mora_serve.errors import StorageError
 from mora_serve.ports import ValidationClaim
 from mora_serve.store import Stores
@@ -76,12 +77,10 @@ class HeldPut:
 async def test_unforeseen_failures_end_the_batch_and_nothing_else(
     stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = batch_validation.input_parts
-
     async def broken(blobs: Any, filename: str, key: str) -> Any:
         if filename.endswith(".gz"):
             raise ZeroDivisionError
-        return await parts(blobs, filename, key)
+        return await input_parts(blobs, filename, key)
 
     monkeypatch.setattr(batch_validation, "input_parts", broken)
     bad = await submit_zipped(stores)

@@ -17,6 +17,7 @@ from mora_serve.errors import (
 from mora_serve.store import Stores, backlog
 from mora_serve.store.batches import LedgerBatches
 from mora_serve.store.redis_store import RedisLedger
+from mora_serve.store.steps import LedgerSteps
 from tests.unit.store.ledger_driver import (
     all_pairs,
     content,
@@ -307,8 +308,7 @@ async def test_a_closed_batch_takes_no_row_even_before_it_is_assembled(stores: S
     held = await lease(stores)
     await stores.batches.cancel_batch(batch_id)
     await expire(stores, held)
-    assert isinstance(stores.batches, LedgerBatches)
-    assert await stores.batches._steps.claim_finalize("w", 100.0) == batch_id
+    assert await steps_of(stores).claim_finalize("w", 100.0) == batch_id
     assert await stores.pairs.is_finished(batch_id)
     with pytest.raises(LeaseLostError):
         await stores.batches.commit_row(held, row(0))
@@ -420,6 +420,11 @@ async def test_one_claim_at_a_time_has_the_quarantine(stores: Stores) -> None:
     assert await batches.num_unquiet("b", "b/1") == 0
 
 
+def steps_of(stores: Stores) -> LedgerSteps:
+    assert isinstance(stores.batches, LedgerBatches)
+    return stores.batches._steps
+
+
 async def put_input(stores: Stores, num_bytes: int, filename: str = "in.jsonl") -> None:
     await stores.blobs.put("files/in", b"data")
     file = {"id": "file-in", "purpose": "batch", "bytes": num_bytes, "filename": filename}
@@ -429,7 +434,7 @@ async def put_input(stores: Stores, num_bytes: int, filename: str = "in.jsonl") 
 @pytest.mark.redis
 @pytest.mark.parametrize("stores", ["redis"], indirect=True)
 async def test_a_finished_batch_leaves_a_stated_set_of_keys(stores: Stores) -> None:
-    steps = stores.batches._steps
+    steps = steps_of(stores)
     assert isinstance(steps, RedisLedger)
     await put_input(stores, 4)
     batch_id = await new_batch(stores)
@@ -503,7 +508,7 @@ async def test_the_step_that_deletes_a_file_sees_who_reads_it(stores: Stores) ->
     await put_input(stores, 4)
     batch_id = await new_batch(stores)
     with pytest.raises(ConflictError, match=batch_id):
-        await stores.batches._steps.delete_file("file-in")
+        await steps_of(stores).delete_file("file-in")
     assert await stores.blobs.exists("files/in")
 
 
@@ -532,7 +537,7 @@ async def test_batches_that_are_not_validated_fill_the_backlog(
 async def test_backlog_bytes_go_down_with_the_rows_that_are_left(stores: Stores) -> None:
     await put_input(stores, 400)
     await open_batch(stores, [4])
-    steps = stores.batches._steps
+    steps = steps_of(stores)
     assert (await steps.backlog()).num_bytes == 400
     await stores.batches.commit_row(await lease(stores), row(0))
     assert (await steps.backlog()).num_bytes == 300
@@ -560,7 +565,7 @@ async def test_a_shard_whose_lease_ran_out_goes_before_one_that_was_never_leased
 async def test_a_batch_is_measured_from_when_its_work_began(stores: Stores) -> None:
     batch_id = await open_batch(stores, [2, 2])
     await lease(stores)
-    steps = stores.batches._steps
+    steps = steps_of(stores)
     found = await steps.progress(batch_id)
     assert found is not None
     began = found[1].working_since

@@ -144,7 +144,8 @@ def run(stores: Stores, trainer: Trainer, job: TrainingJob = JOB) -> dict[str, A
         last, tokens = staged.run()
         if not staged.is_over():
             session.call(finish(mortal, last, trained_tokens=tokens))
-    return everything(stores)["job"]
+    ended: dict[str, Any] = everything(stores)["job"]
+    return ended
 
 
 def everything(stores: Stores) -> dict[str, Any]:

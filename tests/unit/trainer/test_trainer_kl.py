@@ -16,7 +16,7 @@ from trainer.dpo import LORA_TARGETS, load_tokenizer
 from trainer.kl import BASE, divergence, encode, load_version, log_probabilities, main
 from trainer.tiny_model import ensure_tiny_model
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"prompt": [{"role": "user", "content": f"question {number}"}], "answer": "yes " * number}
     for number in range(4)
 ]
