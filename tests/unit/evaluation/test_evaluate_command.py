@@ -172,10 +172,12 @@ def test_kl_is_of_whole_distributions_and_names_its_base_model(
     model.mkdir()
     (model / "config.json").write_text("{}")
     asked: list[Any] = []
-    monkeypatch.setattr(
-        "mora_serve.cli.evaluate.run_evaluation",
-        lambda _client, options, *_: asked.append(options) or {},
-    )
+
+    def note(_client: Any, options: Any, *_: Any) -> dict[str, Any]:
+        asked.append(options)
+        return {}
+
+    monkeypatch.setattr("mora_serve.cli.evaluate.run_evaluation", note)
     base = service.settings.policy.model
     for extra in ((), ("--base-model", str(model), "--temperature", "0.7")):
         evaluate(service, prompts, tmp_path / "kl", "--policy", base, "--json", *extra)

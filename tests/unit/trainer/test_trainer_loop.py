@@ -60,7 +60,7 @@ def test_a_checkpoint_moves_the_reader_to_where_a_restart_would_read_on(
     position: Position, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a second pass nothing is read from the tail any more."""
-    monkeypatch.setattr(loop.ray.train, "report", lambda *_, **__: None)
+    monkeypatch.setattr("ray.train.report", lambda *_, **__: None)
     RunState(position, 10, step=2).save(tmp_path)
     moved: list[tuple[str, str, int]] = []
 
