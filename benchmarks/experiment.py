@@ -28,7 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.experiment_arms import ARMS, BASE, BATCHES, Arms, Design, stored_answers
+from benchmarks.experiment_arms import (
+    ARMS,
+    BASE,
+    BATCHES,
+    SEQUENTIAL,
+    Arms,
+    Design,
+    stored_answers,
+)
 from benchmarks.experiment_cells import Cells
 from benchmarks.experiment_judge import judge
 from benchmarks.experiment_table import (
@@ -40,6 +48,7 @@ from benchmarks.experiment_table import (
     confirmations,
     control_rates,
     kl_lines,
+    pair_lines,
     rate_lines,
     table_lines,
 )
@@ -269,6 +278,17 @@ def load_divergences(cells: Cells, design: Design) -> dict[str, list[Json]]:
     return found
 
 
+def pairs_trained_on(cells: Cells, design: Design) -> dict[str, list[int]]:
+    """Pairs of every arm, by seed; a sequential arm's are those of its stages together."""
+
+    def count(seed: int, arm: str) -> int:
+        stages = [f"stage-{place}-{name}" for place, name in enumerate(design.dimensions)]
+        jobs = [f"seed-{seed}/{run}-job" for run in (stages if arm == SEQUENTIAL else [arm])]
+        return sum(cells.read(job)["num_pairs"] for job in jobs if cells.has(job))
+
+    return {arm: [count(seed, arm) for seed in design.seeds] for arm in design.arms}
+
+
 def write_results(
     out: Path,
     cells: Cells,
@@ -312,7 +332,8 @@ def write_results(
     )
     divergences = load_divergences(cells, design)
     results["kl"] = divergences
-    lines += [*kl_lines(divergences), *rate_lines(rates), *thresholds]
+    taught = pair_lines(batches, pairs_trained_on(cells, design), design.dimensions)
+    lines += [*kl_lines(divergences), *rate_lines(rates), *taught, *thresholds]
     lines.append(PAPER)
     (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
     text = json.dumps(results, ensure_ascii=False, allow_nan=False)

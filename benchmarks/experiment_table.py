@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
+from statistics import fmean
 from typing import Any
 
 from mora_serve.bootstrap import Estimate
@@ -151,6 +152,38 @@ def control_rates(batches: Mapping[int, Mapping[str, Json]]) -> Json:
             for kind in next(iter(batches.values()))
         },
     }
+
+
+def pair_lines(
+    batches: Mapping[int, Mapping[str, Json]],
+    trained_on: Mapping[str, Sequence[int]],
+    dimensions: Sequence[str],
+) -> list[str]:
+    """What the pairs of every kind of batch teach, all seeds, and how many each arm trained on."""
+    lines = [
+        "What pairs teach, chosen minus rejected, mean of all seeds, z:",
+        "",
+        _row("batch", ["pairs", *dimensions, "margin"]),
+        _row("---", ["---:"] * (len(dimensions) + 2)),
+    ]
+    for kind in next(iter(batches.values())):
+        pairs = [pair for each in batches.values() for pair in each[kind]["pairs"]]
+        if not pairs:
+            continue
+        taught = [
+            fmean(
+                pair["chosen_scores"][k]["value"] - pair["rejected_scores"][k]["value"]
+                for pair in pairs
+            )
+            for k in dimensions
+        ]
+        margin = fmean(pair["margin"] for pair in pairs)
+        cells = [str(len(pairs)), *(_number(value, 2) for value in (*taught, margin))]
+        lines.append(_row(kind, cells))
+    counts = ", ".join(
+        f"{arm} {' / '.join(map(str, numbers))}" for arm, numbers in trained_on.items()
+    )
+    return [*lines, "", f"Pairs trained on, per seed: {counts}.", ""]
 
 
 def confirmations(batches: Mapping[int, Mapping[str, Json]], kind: str) -> list[Json]:

@@ -200,6 +200,8 @@ def test_the_table_has_every_arm_with_both_scorers_the_rates_and_the_papers_figu
         "at other thresholds",
         "simultaneous − plain",
         "sequential − unmeasured",
+        "What pairs teach",
+        "plain 6 / 6, more 6 / 6, unmeasured 6 / 6, simultaneous 6 / 6, sequential",
     ):
         assert part in text
     assert text.count("### Judged by") == 2
