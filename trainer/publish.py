@@ -88,8 +88,17 @@ async def publish_version(
     version["created"] = known.get(job.policy_id, version)["created"]
     if (await stores.jobs.get_job(job.id))["status"] in TERMINAL:
         return False
-    await stores.jobs.publish_policy(version, make_current=job.make_current)
-    await _name_checkpoint(stores, job, job.first_step + step)
+    checkpoint_name = checkpoint_id(job.id, job.first_step + step)
+    known_checkpoint = await _checkpoint(stores, job, checkpoint_name)
+    # One that was published before a restart may have been rolled back since.
+    is_new = known_checkpoint.get("fine_tuned_model_checkpoint") != job.policy_id
+    await stores.jobs.publish_policy(version, make_current=job.make_current and is_new)
+    named = {
+        "step_number": job.first_step + step,
+        **known_checkpoint,
+        "fine_tuned_model_checkpoint": job.policy_id,
+    }
+    await stores.jobs.add_checkpoint(job.id, named)
     message = f"Published policy version {job.policy_id}"
     event = {"id": f"ftevent-{job.run_name}-published", "message": message}
     await stores.jobs.add_event(job.id, event)
@@ -122,12 +131,10 @@ def checkpoint_id(job_id: str, step: int) -> str:
     return f"ftckpt-{job_id.removeprefix('ftjob-')}-{step}"
 
 
-async def _name_checkpoint(stores: Stores, job: TrainingJob, step: int) -> None:
-    name = checkpoint_id(job.id, step)
+async def _checkpoint(stores: Stores, job: TrainingJob, name: str) -> dict[str, Any]:
+    """One of a job's newest checkpoints; its id alone where it is not stored."""
     newest, _ = await stores.jobs.list_checkpoints(job.id, after=None, limit=_PAGE)
-    known = next((item for item in newest if item["id"] == name), {"id": name, "step_number": step})
-    named = {**known, "fine_tuned_model_checkpoint": job.policy_id}
-    await stores.jobs.add_checkpoint(job.id, named)
+    return next((item for item in newest if item["id"] == name), {"id": name})
 
 
 async def all_events(stores: Stores, job_id: str) -> list[dict[str, Any]]:

@@ -130,6 +130,19 @@ async def test_a_job_that_is_cancelled_while_its_files_are_stored_publishes_noth
     assert (await stores.jobs.current_policy())[0] == "base"
 
 
+async def test_a_restart_after_publishing_leaves_a_version_rolled_back(
+    job: TrainingJob, checkpoint: Path
+) -> None:
+    stores = Stores.memory()
+    await stores.jobs.publish_policy({"id": "base", "kind": "base", "uri": None}, make_current=True)
+    await published(stores, job, checkpoint)
+    assert (await stores.jobs.current_policy())[0] == job.policy_id
+    await stores.jobs.set_current_policy("base")
+    await stores.jobs.update_job(job.id, status="running")
+    await publish(stores, job, checkpoint, data_dir=checkpoint.parent / "data")
+    assert (await stores.jobs.current_policy())[0] == "base"
+
+
 async def test_publishing_again_changes_nothing(job: TrainingJob, checkpoint: Path) -> None:
     stores = Stores.memory()
     first = await published(stores, job, checkpoint)
