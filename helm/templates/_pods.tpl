@@ -141,6 +141,16 @@ and KubeRay refuses the others. */}}
 {{- end -}}
 
 {{/* Ready means that it takes requests: on a worker, that Serve's proxy answers there. KubeRay sends
+{{/* Bytes of a node's object store: three quarters of /dev/shm, whose rest is for engines and training
+workers. Left to itself Ray takes 30 % of the memory limit, and puts it all under /tmp where /dev/shm has less. */}}
+{{- define "mora-serve.objectStore" -}}
+{{- $bytes := include "mora-serve.amount" .node.shmSize | float64 | mulf 0.75 -}}
+{{- if lt $bytes 78643200.0 -}}
+{{- fail (printf "%s.shmSize must be at least 100Mi, got %v: three quarters of it are Ray's object store, which takes no less than 75 MiB" .at .node.shmSize) -}}
+{{- end -}}
+{{- printf "%.0f" (floor $bytes) -}}
+{{- end -}}
+
 requests to every ready worker, and a worker without a replica has no proxy. */}}
 {{- define "mora-serve.probes" -}}
 {{- $alive := dict "path" "/api/local_raylet_healthz" "port" 52365 -}}
