@@ -52,7 +52,32 @@
 {{- toYaml $replica -}}
 {{- end -}}
 
-{{/* Refuses texts that look like secrets in what the schema leaves open: `value` is at the path `at`. */}}
+{{/* Nothing, or a message about a vLLM engine whose ranks have not a GPU each. `at` is the path of the policy or
+scorer, `name` of the engine's arguments in it, `home` the worker group. */}}
+{{- define "mora-serve.ranks" -}}
+{{- $at := .at -}}
+{{- $engine := .engine | default dict -}}
+{{- $replica := .replica | default dict -}}
+{{- $ranks := mul (int ($engine.tensor_parallel_size | default 1)) (int ($engine.pipeline_parallel_size | default 1)) (int ($engine.data_parallel_size | default 1)) -}}
+{{- $said := printf "%s.%s: tensor_parallel_size * pipeline_parallel_size * data_parallel_size" $at .name -}}
+{{- $executor := $engine.distributed_executor_backend -}}
+{{- if $replica.bundles -}}
+{{- $gpus := 0 -}}
+{{- range $replica.bundles }}{{ if .GPU }}{{ $gpus = add1 $gpus }}{{ end }}{{ end -}}
+{{- if gt (int $ranks) (int $gpus) -}}
+{{- fail (printf "%s must be at most the %d of replica.bundles that have a GPU, one for each rank, got %d" $said (int $gpus) (int $ranks)) -}}
+{{- else if and (gt (int $ranks) 1) (ne (toString $executor) "ray") -}}
+{{- fail (printf "%s.%s.distributed_executor_backend must be ray with replica.bundles, got %v: only Ray's actors reach the GPUs of several" $at .name ($executor | default "none")) -}}
+{{- end -}}
+{{- else if eq (toString $executor) "ray" -}}
+{{- fail (printf "%s.replica.bundles must have one bundle with a GPU for each rank (%d) with distributed_executor_backend ray, got none: vLLM would take GPUs of any group" $at (int $ranks)) -}}
+{{- else if and .home.gpus (gt $ranks (max 1 ($replica.num_gpus | default 0 | ceil))) -}}
+{{- fail (printf "%s must be at most replica.num_gpus (%v), got %d" $said ($replica.num_gpus | default 0) (int $ranks)) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Refuses texts that look like secrets in what the schema leaves open: `value` is at the path `at`. Names of
+files that hold one, and switches, are none. */}}
 {{- define "mora-serve.noSecrets" -}}
 {{- $at := .at -}}
 {{- if kindIs "map" .value -}}
@@ -102,17 +127,21 @@
 {{- $_ := set $runner "replica" (include "mora-serve.placed" (dict "root" $ "at" "config.runner.replica" "part" "gateway" "replica" ($runner.replica | default (dict "min_replicas" 1 "max_replicas" 2))) | fromYaml) -}}
 {{- $_ := set $config "runner" $runner -}}
 {{- $trainer := $config.trainer | default dict -}}
-{{- $home := include "mora-serve.home" (dict "root" . "part" "trainer") -}}
+{{- $home = include "mora-serve.home" (dict "root" . "part" "trainer") -}}
 {{- $_ := set $trainer "launcher" (include "mora-serve.placed" (dict "root" $ "at" "config.trainer.launcher" "part" "gateway" "replica" $trainer.launcher) | fromYaml) -}}
 {{- $_ := set $trainer "resources" (set ($trainer.resources | default dict) (printf "mora-%s" $home) 0.01) -}}
 {{- if not (hasKey $trainer "use_gpu") }}{{ $_ := set $trainer "use_gpu" (gt (int (index .Values.workerGroups $home).gpus) 0) }}{{ end -}}
 {{- include "mora-serve.fits" (dict "root" . "home" $home "at" "config.trainer.num_cpus_per_worker" "kind" "CPU" "asked" $trainer.num_cpus_per_worker) -}}
 {{- $_ := set $config "trainer" $trainer -}}
+{{- $home := include "mora-serve.home" (dict "root" . "part" "generator") -}}
+{{- include "mora-serve.ranks" (dict "at" "config.policy" "name" "engine" "engine" $policy.engine "replica" $policy.replica "home" (index .Values.workerGroups $home)) -}}
 {{- if .Values.calibrator.existingConfigMap -}}
 {{- $_ := set $config "method" (set ($config.method | default dict) "calibrator" (printf "/etc/mora/calibrator/%s" .Values.calibrator.key)) -}}
 {{- end -}}
+{{- $home = include "mora-serve.home" (dict "root" . "part" "scorers") -}}
 {{- toYaml $config -}}
 {{- end -}}
+{{- include "mora-serve.ranks" (dict "at" (printf "config.scorers.%s" .name) "name" "engine_args" "engine" .engine_args "replica" $placed "home" (index $.Values.workerGroups $home)) -}}
 
 {{- define "mora-serve.embeddedModel" -}}
 /var/cache/mora/models/SmolLM2-135M-Instruct
