@@ -15,18 +15,19 @@ earlier one, since an API server refuses a RayService that has it twice. */}}
 {{- toYaml $once -}}
 {{- end -}}
 
-{{/* Nothing, or a message about a variable that is not the user's to set: MORA_* would be read as settings,
-and KubeRay refuses the others. */}}
+{{/* Nothing, or a message about a variable that is not the user's to set (MORA_* would be read as settings,
+and KubeRay refuses the others) or whose value is a secret. */}}
 {{- define "mora-serve.checkedEnv" -}}
 {{- $at := .at -}}
 {{- range .env -}}
 {{- if hasPrefix "MORA_" .name -}}
-{{- fail (printf "%s must not hold settings, got %s; they belong into `config`" $at .name) -}}
+{{- fail (printf "%s must not hold settings, got %s; they belong into `config`, and keys into the Secrets that `secrets` names or, for a remote scorer, into the variable that its remote.api_key_env names" $at .name) -}}
 {{- else if has .name (list "REDIS_PASSWORD" "REDIS_USERNAME" "RAY_REDIS_ADDRESS" "RAY_enable_autoscaler_v2") -}}
 {{- fail (printf "%s must not hold what KubeRay sets, got %s; see gcsFaultTolerance and ray.autoscaling" $at .name) -}}
 {{- else if and .value .valueFrom -}}
 {{- fail (printf "%s must give either value or valueFrom, got both for %s" $at .name) -}}
 {{- end -}}
+{{- include "mora-serve.noSecrets" (dict "at" $at "value" (dict .name .value)) -}}
 {{- end -}}
 {{- end -}}
 
@@ -140,7 +141,6 @@ and KubeRay refuses the others. */}}
 {{- toYaml $resources -}}
 {{- end -}}
 
-{{/* Ready means that it takes requests: on a worker, that Serve's proxy answers there. KubeRay sends
 {{/* Bytes of a node's object store: three quarters of /dev/shm, whose rest is for engines and training
 workers. Left to itself Ray takes 30 % of the memory limit, and puts it all under /tmp where /dev/shm has less. */}}
 {{- define "mora-serve.objectStore" -}}
@@ -151,6 +151,7 @@ workers. Left to itself Ray takes 30 % of the memory limit, and puts it all unde
 {{- printf "%.0f" (floor $bytes) -}}
 {{- end -}}
 
+{{/* Ready means that it takes requests: on a worker, that Serve's proxy answers there. KubeRay sends
 requests to every ready worker, and a worker without a replica has no proxy. */}}
 {{- define "mora-serve.probes" -}}
 {{- $alive := dict "path" "/api/local_raylet_healthz" "port" 52365 -}}

@@ -82,7 +82,7 @@ files that hold one, and switches, are none. */}}
 {{- $at := .at -}}
 {{- if kindIs "map" .value -}}
 {{- range $name, $inner := .value -}}
-{{- $text := and (kindIs "string" $inner) (ne $inner "") -}}
+{{- $text := and (kindIs "string" $inner) (not (regexMatch "^(?i:[0-9]|true|false|yes|no|on|off)?$" (toString $inner))) (not (regexMatch "(?i:_(file|path|dir))$|^GOOGLE_APPLICATION_CREDENTIALS$" $name)) -}}
 {{- if and $text (regexMatch "(?i:secret|passw|credential|access_?key|connection_?string)|(^|[_.-])(?i:api_?key|key|token)$|[a-z](Key|Token)$" $name) -}}
 {{- fail (printf "%s.%s must not be in the values, which everybody who reads the RayService sees: name a Secret under `secrets`, or give a variable with valueFrom in extraEnv" $at $name) -}}
 {{- end -}}
@@ -92,7 +92,7 @@ files that hold one, and switches, are none. */}}
 {{- range $inner := .value }}{{ include "mora-serve.noSecrets" (dict "at" $at "value" $inner) }}{{ end -}}
 {{- else if kindIs "string" .value -}}
 {{- if regexMatch "://[^/@ ]*:[^/@ ]+@" .value -}}
-{{- fail (printf "%s must not hold a URL with a password: name a Secret under `secrets`, or give a variable with valueFrom in extraEnv" $at) -}}
+{{- fail (printf "%s must not hold a URL with a password: name a Secret under `secrets` or in `existingSecret`, or give a variable with valueFrom in extraEnv" $at) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -100,13 +100,31 @@ files that hold one, and switches, are none. */}}
 {{- define "mora-serve.settings" -}}
 {{- $config := deepCopy .Values.config -}}
 {{- include "mora-serve.noSecrets" (dict "at" "config.blobs.options" "value" (dig "blobs" "options" dict $config)) -}}
+{{- include "mora-serve.noSecrets" (dict "at" "config.server.file_uri_prefixes" "value" (dig "server" "file_uri_prefixes" list $config)) -}}
+{{- include "mora-serve.noSecrets" (dict "at" "blobs.s3" "value" .Values.blobs.s3) -}}
+{{- include "mora-serve.noSecrets" (dict "at" "gcsFaultTolerance.external.address" "value" .Values.gcsFaultTolerance.external.address) -}}
 {{- range $name := list "engine" "engine_env" -}}
 {{- include "mora-serve.noSecrets" (dict "at" (printf "config.policy.%s" $name) "value" (dig "policy" $name dict $config)) -}}
 {{- end -}}
-{{- range $scorer := $config.scorers }}{{ range $name := list "engine_args" "engine_env" -}}
+{{- range $scorer := $config.scorers }}{{ range $name := list "engine_args" "engine_env" "remote" -}}
 {{- include "mora-serve.noSecrets" (dict "at" (printf "config.scorers.%s.%s" $scorer.name $name) "value" (index $scorer $name)) -}}
 {{- end }}{{ end -}}
 {{- if not $config.scorers }}{{ fail "config.scorers must list the scorers, got none: the chart places each on its worker group" }}{{ end -}}
+{{- $names := list -}}
+{{- range $config.scorers -}}
+{{- if has .name $names }}{{ fail (printf "config.scorers must have distinct names, got %s twice" .name) }}{{ end -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- $variables := list -}}
+{{- range concat (include "mora-serve.chartEnv" . | fromYamlArray) .Values.extraEnv }}{{ $variables = append $variables .name }}{{ end -}}
+{{- range $scorer := $config.scorers }}{{ with (.remote | default dict).api_key_env -}}
+{{- if not (has . $variables) }}{{ fail (printf "config.scorers.%s.remote.api_key_env must name a variable of extraEnv, got %s" $scorer.name .) }}{{ end -}}
+{{- end }}{{ end -}}
+{{- /* The defaults are the profile's. */ -}}
+{{- $sampling := $config.sampling | default dict -}}
+{{- $n := int ($sampling.n | default 8) -}}
+{{- $most := int ($sampling.n_max | default (ternary 16 24 (eq .Values.profile "gpu"))) -}}
+{{- if lt $most $n }}{{ fail (printf "config.sampling.n_max must be at least n (%d), got %d" $n $most) }}{{ end -}}
 {{- $server := $config.server | default dict -}}
 {{- include "mora-serve.fits" (dict "root" . "home" "gateway" "at" "config.server.num_cpus" "kind" "CPU" "asked" $server.num_cpus) -}}
 {{- $server = merge (dict "host" "0.0.0.0" "port" (int .Values.service.port) "resources" (set ($server.resources | default dict) "mora-gateway" 0.01)) $server -}}
@@ -115,11 +133,15 @@ files that hold one, and switches, are none. */}}
 {{- with .Values.blobs.s3.url }}{{ $_ := set $config "blobs" (merge (dict "url" .) ($config.blobs | default dict)) }}{{ end -}}
 {{- $policy := $config.policy | default dict -}}
 {{- $_ := set $policy "replica" (include "mora-serve.placed" (dict "root" $ "at" "config.policy.replica" "part" "generator" "replica" $policy.replica) | fromYaml) -}}
+{{- $home := include "mora-serve.home" (dict "root" . "part" "generator") -}}
+{{- include "mora-serve.ranks" (dict "at" "config.policy" "name" "engine" "engine" $policy.engine "replica" $policy.replica "home" (index .Values.workerGroups $home)) -}}
 {{- if and (eq .Values.profile "embedded") (not $policy.path) }}{{ $_ := set $policy "path" (include "mora-serve.embeddedModel" .) }}{{ end -}}
 {{- $_ := set $config "policy" $policy -}}
 {{- $scorers := list -}}
+{{- $home = include "mora-serve.home" (dict "root" . "part" "scorers") -}}
 {{- range $config.scorers -}}
 {{- $placed := include "mora-serve.placed" (dict "root" $ "at" (printf "config.scorers.%s.replica" .name) "part" "scorers" "replica" .replica) | fromYaml -}}
+{{- include "mora-serve.ranks" (dict "at" (printf "config.scorers.%s" .name) "name" "engine_args" "engine" .engine_args "replica" $placed "home" (index $.Values.workerGroups $home)) -}}
 {{- $scorers = append $scorers (set . "replica" $placed) -}}
 {{- end -}}
 {{- $_ := set $config "scorers" $scorers -}}
@@ -133,15 +155,11 @@ files that hold one, and switches, are none. */}}
 {{- if not (hasKey $trainer "use_gpu") }}{{ $_ := set $trainer "use_gpu" (gt (int (index .Values.workerGroups $home).gpus) 0) }}{{ end -}}
 {{- include "mora-serve.fits" (dict "root" . "home" $home "at" "config.trainer.num_cpus_per_worker" "kind" "CPU" "asked" $trainer.num_cpus_per_worker) -}}
 {{- $_ := set $config "trainer" $trainer -}}
-{{- $home := include "mora-serve.home" (dict "root" . "part" "generator") -}}
-{{- include "mora-serve.ranks" (dict "at" "config.policy" "name" "engine" "engine" $policy.engine "replica" $policy.replica "home" (index .Values.workerGroups $home)) -}}
 {{- if .Values.calibrator.existingConfigMap -}}
 {{- $_ := set $config "method" (set ($config.method | default dict) "calibrator" (printf "/etc/mora/calibrator/%s" .Values.calibrator.key)) -}}
 {{- end -}}
-{{- $home = include "mora-serve.home" (dict "root" . "part" "scorers") -}}
 {{- toYaml $config -}}
 {{- end -}}
-{{- include "mora-serve.ranks" (dict "at" (printf "config.scorers.%s" .name) "name" "engine_args" "engine" .engine_args "replica" $placed "home" (index $.Values.workerGroups $home)) -}}
 
 {{- define "mora-serve.embeddedModel" -}}
 /var/cache/mora/models/SmolLM2-135M-Instruct
