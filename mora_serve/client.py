@@ -25,6 +25,7 @@ from mora_serve.errors import MoraError
 BUSY_STATUS = frozenset({429, 503})
 """Refusals that the gateway makes before it queues anything, so that sending again is safe."""
 CHUNK_BYTES = 1 << 16
+READY_POLL_S = 1.0
 
 Json = dict[str, Any]
 
@@ -136,6 +137,25 @@ class Client:
                 return True, _object(_body(response))
         except ApiError as error:
             return False, error.body
+
+    def wait_ready(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Return when ``/readyz`` answers 200. Raises ``UnreachableError`` that says what was
+        missing last.
+
+        One answer is waited for as long as ``timeout_s`` of the client says.
+        """
+        deadline = clock() + timeout_s
+        while True:
+            try:
+                ready, state = self.ready()
+                missing = "; ".join(map(str, state.get("reasons", ()))) or "starting"
+            except UnreachableError as error:
+                ready, missing = False, str(error)
+            if ready:
+                return
+            if clock() + READY_POLL_S > deadline:
+                raise UnreachableError(f"{self.url} is not ready after {timeout_s:g} s: {missing}")
+            self._sleep(READY_POLL_S)
 
     # --- streams ------------------------------------------------------------------------------
 

@@ -289,7 +289,9 @@ def load_settings(
     variables = os.environ if environ is None else environ
     merge(merged, read_environ(Settings, ENV_PREFIX, variables, RESERVED_VARIABLES))
     merge(merged, overrides or {})
-    return _validate({**merged, "profile": profile})
+    settings = _validate({**merged, "profile": profile})
+    scorers = tuple(_with_key(scorer, variables) for scorer in settings.scorers)
+    return settings.model_copy(update={"scorers": scorers})
 
 
 def dump_settings(settings: Settings, *, reveal: bool = False) -> dict[str, Any]:
@@ -315,6 +317,21 @@ def _validate(data: dict[str, Any]) -> Settings:
         return Settings.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _with_key(scorer: ScorerSettings, environ: Mapping[str, str]) -> ScorerSettings:
+    """A remote scorer with the key that its variable holds."""
+    remote = scorer.remote
+    if remote is None or remote.api_key_env is None:
+        return scorer
+    key = environ.get(remote.api_key_env)
+    if not key:
+        raise ConfigError(
+            f"remote.api_key_env of the scorer {scorer.name} must name a variable that holds its "
+            f"key, got {remote.api_key_env}, which is not set"
+        )
+    found = remote.model_copy(update={"api_key": SecretStr(key), "api_key_env": None})
+    return scorer.model_copy(update={"remote": found})
 
 
 def _explain(item: Any) -> str:

@@ -90,6 +90,8 @@ class RemoteSettings(Section):
     model: str | None = None
     """Name under which the server knows the model; ``None``: whatever model it serves."""
     api_key: SecretStr | None = None
+    api_key_env: str | None = None
+    """Variable that holds the key, where the other settings are no place for it."""
     timeout_s: Positive = 30.0
     """Of one request."""
     max_tries: int = Field(default=4, ge=1)
@@ -100,6 +102,12 @@ class RemoteSettings(Section):
     rows_per_request: int = Field(default=32, ge=1)
     max_in_flight: int = Field(default=8, ge=1)
     """Requests at a time."""
+
+    @model_validator(mode="after")
+    def _one_key(self) -> RemoteSettings:
+        if self.api_key is not None and self.api_key_env is not None:
+            raise ValueError("api_key and api_key_env must not both be given")
+        return self
 
 
 class ScorerSettings(Section):

@@ -31,23 +31,42 @@ Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
 FLAG: Schema = {"type": "boolean"}
 ANY_OBJECT: Schema = {"type": "object"}
-STRINGS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
 LABEL: Schema = {
     "type": "string",
     "pattern": "^([A-Za-z0-9]([-._A-Za-z0-9]*[A-Za-z0-9])?)?$",
     "maxLength": 63,
 }
-LABELS: Schema = {"type": "object", "additionalProperties": LABEL}
-# Fractions are strings: an API server takes no other number for a resource of a RayService.
-QUANTITY: Schema = {
-    "type": ["string", "integer"],
-    "pattern": r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$",
-    "minimum": 0,
+QUALIFIED = "^([{0}0-9]([-.{0}0-9]*[{0}0-9])?/)?[A-Za-z0-9]([-._A-Za-z0-9]{{0,61}}[A-Za-z0-9])?$"
+"""A name after a domain, if any, whose letters are ``{0}``."""
+# Not propertyNames: of a key that these refuse, helm 4 tells the path of another value.
+LABELS: Schema = {
+    "type": "object",
+    "additionalProperties": False,
+    "patternProperties": {QUALIFIED.format("a-z"): LABEL},
 }
+ANNOTATIONS: Schema = {
+    "type": "object",
+    "additionalProperties": False,
+    "patternProperties": {QUALIFIED.format("a-zA-Z"): TEXT},
+}
+# Fractions are strings: an API server takes no other number for a resource of a RayService.
+CPUS: Schema = {"type": ["string", "integer"], "pattern": r"^[0-9]+(\.[0-9]+)?m?$", "minimum": 0}
+# Not zero, and no "m": a thousandth of a byte where a mebibyte was meant.
+SIZE: Schema = {
+    "type": ["string", "integer"],
+    "pattern": r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|0+\.[0-9]*[1-9][0-9]*)(k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$",
+    "minimum": 1,
+}
+COUNT: Schema = {"type": ["string", "integer"], "pattern": "^[0-9]+(k|M|G)?$", "minimum": 0}
+"""Of a device plugin's resource, which has no fractions."""
 QUANTITIES: Schema = {
     "type": "object",
     "additionalProperties": False,
-    "patternProperties": {"^(cpu|memory|ephemeral-storage|hugepages-.+|.+/.+)$": QUANTITY},
+    "patternProperties": {
+        "^cpu$": CPUS,
+        "^(memory|ephemeral-storage|hugepages-.+)$": SIZE,
+        "^.+/.+$": COUNT,
+    },
 }
 DIGEST: Schema = {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"}
 PULL_POLICY: Schema = {"enum": ["Always", "IfNotPresent", "Never"]}
@@ -117,31 +136,58 @@ SCHEDULING: dict[str, Schema] = {
     "affinity": ref("affinity"),
     "priorityClassName": NAME,
 }
-SECURITY = section(
-    runAsNonRoot=FLAG,
-    runAsUser=whole(),
-    runAsGroup=whole(),
-    fsGroup=whole(),
-    fsGroupChangePolicy=choice("OnRootMismatch", "Always"),
-    supplementalGroups=listed(whole()),
-    supplementalGroupsPolicy=choice("Merge", "Strict"),
-    seccompProfile=section(
-        type=choice("RuntimeDefault", "Localhost", "Unconfined"), localhostProfile=TEXT
+SECURITY = {
+    **section(
+        runAsNonRoot=FLAG,
+        runAsUser=whole(),
+        runAsGroup=whole(),
+        fsGroup=whole(),
+        fsGroupChangePolicy=choice("OnRootMismatch", "Always"),
+        supplementalGroups=listed(whole()),
+        supplementalGroupsPolicy=choice("Merge", "Strict"),
+        seccompProfile=section(
+            type=choice("RuntimeDefault", "Localhost", "Unconfined"), localhostProfile=TEXT
+        ),
+        seLinuxOptions=section(user=TEXT, role=TEXT, type=TEXT, level=TEXT),
+        seLinuxChangePolicy=choice("MountOption", "Recursive"),
+        appArmorProfile=section(
+            type=choice("RuntimeDefault", "Localhost", "Unconfined"), localhostProfile=TEXT
+        ),
     ),
-    seLinuxOptions=section(user=TEXT, role=TEXT, type=TEXT, level=TEXT),
-    seLinuxChangePolicy=choice("MountOption", "Recursive"),
-    appArmorProfile=section(
-        type=choice("RuntimeDefault", "Localhost", "Unconfined"), localhostProfile=TEXT
+    # Kubernetes takes root beside runAsNonRoot, and then starts no container of the pod.
+    "if": {"properties": {"runAsNonRoot": {"const": True}}, "required": ["runAsNonRoot"]},
+    "then": {"properties": {"runAsUser": {"minimum": 1}}},
+}
+"""Of a pod: any of its fields can be null, since some platforms choose users themselves."""
+SELECTOR = section(
+    matchLabels=LABELS,
+    matchExpressions=listed(
+        {
+            **section(
+                key=TEXT,
+                operator=choice("In", "NotIn", "Exists", "DoesNotExist"),
+                values=listed(LABEL),
+            ),
+            "required": ["key", "operator"],
+        }
     ),
 )
-"""Of a pod: any of its fields can be null, since some platforms choose users themselves."""
-PEER = section(podSelector=ANY_OBJECT, namespaceSelector=ANY_OBJECT, ipBlock=ANY_OBJECT)
+PEER: Schema = {
+    **section(
+        podSelector=ref("selector"),
+        namespaceSelector=ref("selector"),
+        ipBlock={**section(cidr=TEXT, **{"except": listed(TEXT)}), "required": ["cidr"]},
+    ),
+    "minProperties": 1,
+    # A block of addresses stands alone.
+    "dependencies": {"ipBlock": {"maxProperties": 1}},
+}
 POD = {
     **SCHEDULING,
     "resources": RESOURCES,
-    "shmSize": QUANTITY,
+    "shmSize": SIZE,
     "runtimeClassName": NAME,
-    "podAnnotations": STRINGS,
+    "podAnnotations": ANNOTATIONS,
     "podLabels": LABELS,
 }
 TRAINERS = section(
@@ -156,16 +202,28 @@ TRAINERS = section(
 )
 GROUP = section(**TRAINERS["properties"], pdbMinAvailable=whole())
 """Trainers come and go: a budget of theirs would hold up every node's drain."""
+KEY_OF: Schema = {
+    **section(name={**NAME, "minLength": 1}, key=KEY, optional=FLAG),
+    "required": ["name", "key"],
+}
+SOURCE: Schema = {
+    **section(
+        secretKeyRef=KEY_OF,
+        configMapKeyRef=KEY_OF,
+        fieldRef={**section(apiVersion=TEXT, fieldPath=TEXT), "required": ["fieldPath"]},
+        resourceFieldRef={
+            **section(containerName=TEXT, resource=TEXT, divisor={"type": ["string", "integer"]}),
+            "required": ["resource"],
+        },
+    ),
+    "minProperties": 1,
+    "maxProperties": 1,
+}
 VARIABLE: Schema = {
     **section(
         name={"type": "string", "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"},
         value=TEXT,
-        valueFrom=section(
-            secretKeyRef=ANY_OBJECT,
-            configMapKeyRef=ANY_OBJECT,
-            fieldRef=ANY_OBJECT,
-            resourceFieldRef=ANY_OBJECT,
-        ),
+        valueFrom=SOURCE,
     ),
     "required": ["name"],
 }
@@ -178,7 +236,7 @@ IMAGE: dict[str, Schema] = {
     "digest": DIGEST,
 }
 STORE = {**SCHEDULING, "resources": RESOURCES}
-DISK = section(size=QUANTITY, storageClass=NAME)
+DISK = section(size=SIZE, storageClass=NAME)
 PROBE = section(
     initialDelaySeconds=whole(),
     periodSeconds=whole(1),
@@ -188,12 +246,21 @@ PROBE = section(
 )
 VOLUME = {
     "existingClaim": NAME,
-    "size": QUANTITY,
+    "size": SIZE,
     "storageClass": NAME,
     "accessModes": ACCESS_MODES,
 }
 PATH_TYPE = choice("Prefix", "Exact", "ImplementationSpecific")
-HOST = {**section(host=TEXT, path=TEXT, pathType=PATH_TYPE), "required": ["host"]}
+DNS_NAME = r"(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+HOSTNAME: Schema = {"type": "string", "pattern": f"^{DNS_NAME}$", "maxLength": 253}
+HOST = {
+    **section(
+        host={**HOSTNAME, "pattern": f"^({DNS_NAME})?$"},
+        path={"type": "string", "pattern": "^(/|$)"},
+        pathType=PATH_TYPE,
+    ),
+    "required": ["host"],
+}
 PARENT = {
     **section(
         group=TEXT, kind=TEXT, namespace=NAME, name=NAME, sectionName=NAME, port=whole(1, 65535)
@@ -203,6 +270,15 @@ PARENT = {
 CLASS = section(name={**NAME, "minLength": 1}, value={"type": "integer", "maximum": 1_000_000_000})
 DURATION: Schema = {"type": "string", "pattern": "^[0-9]+(ms|s|m)$"}
 MONITOR = section(enabled=FLAG, interval=DURATION, labels=LABELS)
+OBJECT: Schema = {
+    "type": "object",
+    "properties": {
+        "apiVersion": {"type": "string", "minLength": 1},
+        "kind": {"type": "string", "minLength": 1},
+        "metadata": ANY_OBJECT,
+    },
+    "required": ["apiVersion", "kind", "metadata"],
+}
 
 
 GENERAL: Schema = {
@@ -240,12 +316,12 @@ CLUSTER: Schema = {
         "pattern": "^[a-z0-9][-a-z0-9.]*/[A-Za-z0-9]([-._A-Za-z0-9]*[A-Za-z0-9])?$",
     },
     "extraEnv": listed(ref("variable")),
-    "tmpSizeLimit": QUANTITY,
+    "tmpSizeLimit": SIZE,
     "terminationGracePeriodSeconds": whole(1),
     "preStopSleepSeconds": whole(),
     "probes": section(startup=PROBE, readiness=PROBE, liveness=PROBE),
     "podSecurityContext": ref("podSecurityContext"),
-    "serviceAccount": section(create=FLAG, name=NAME, annotations=STRINGS),
+    "serviceAccount": section(create=FLAG, name=NAME, annotations=ANNOTATIONS),
 }
 """Head, worker groups and what their pods have in common."""
 STORAGE: Schema = {
@@ -284,26 +360,26 @@ NETWORK: Schema = {
     "service": section(
         type=choice("ClusterIP", "NodePort", "LoadBalancer"),
         port=whole(1024, 65535),
-        annotations=STRINGS,
+        annotations=ANNOTATIONS,
         labels=LABELS,
     ),
     "ingress": section(
         enabled=FLAG,
         className=NAME,
-        annotations=STRINGS,
+        annotations=ANNOTATIONS,
         hosts=listed(HOST),
-        tls=listed(section(secretName=NAME, hosts=listed(TEXT))),
+        tls=listed(section(secretName=NAME, hosts=listed(HOSTNAME))),
     ),
     "httpRoute": section(
         enabled=FLAG,
         parentRefs=listed(PARENT),
-        hostnames=listed(TEXT),
-        annotations=STRINGS,
+        hostnames=listed(HOSTNAME),
+        annotations=ANNOTATIONS,
     ),
     "networkPolicy": section(
         enabled=FLAG,
-        operatorNamespaceSelector=ANY_OBJECT,
-        operatorPodSelector=ANY_OBJECT,
+        operatorNamespaceSelector=ref("selector"),
+        operatorPodSelector=ref("selector"),
         clients=listed(PEER),
         monitoring=listed(PEER),
     ),
@@ -314,14 +390,14 @@ OPERATIONS: Schema = {
         serviceMonitor=MONITOR,
         podMonitor=MONITOR,
         prometheusRule=section(enabled=FLAG, labels=LABELS),
-        grafanaDashboard=section(enabled=FLAG, labels=LABELS, annotations=STRINGS),
+        grafanaDashboard=section(enabled=FLAG, labels=LABELS, annotations=ANNOTATIONS),
     ),
     "priorityClasses": section(create=FLAG, serving=CLASS, training=CLASS),
     "kueue": section(queueName=LABEL_NAME, priorityClass=LABEL_NAME),
     "test": section(
         prompt={"type": "string", "minLength": 1}, timeoutSeconds=whole(1), **SCHEDULING
     ),
-    "extraObjects": listed(ANY_OBJECT),
+    "extraObjects": listed(OBJECT),
     "global": ANY_OBJECT,
 }
 """What watches the cluster and shares it out."""
@@ -342,6 +418,7 @@ def values_schema() -> Schema:
             "toleration": TOLERATION,
             "affinity": AFFINITY,
             "spread": SPREAD,
+            "selector": SELECTOR,
             "podSecurityContext": SECURITY,
             **settings,
         },

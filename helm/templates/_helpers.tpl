@@ -73,15 +73,22 @@ capabilities: {drop: [ALL]}
 {{- mulf (float64 (trimSuffix $unit $text)) (get $units $unit) -}}
 {{- end -}}
 
-{{/* `resources`, refused where a request is above its limit; `at` is their path in the values. */}}
+{{/* `resources`, refused where a request is above its limit, or is not it where Kubernetes overcommits
+nothing: devices and huge pages. `at` is their path in the values. */}}
 {{- define "mora-serve.checkedResources" -}}
 {{- $at := .at -}}
 {{- $limits := .resources.limits -}}
 {{- range $name, $request := .resources.requests -}}
+{{- $whole := regexMatch "/|^hugepages-" $name -}}
+{{- if and $whole (not (hasKey $limits $name)) -}}
+{{- fail (printf "%s.limits.%s must be given with requests.%s (%v): nothing of it is overcommitted" $at $name $name $request) -}}
+{{- end -}}
 {{- if hasKey $limits $name -}}
 {{- $limit := index $limits $name -}}
 {{- if gt (float64 (include "mora-serve.amount" $request)) (float64 (include "mora-serve.amount" $limit)) -}}
 {{- fail (printf "%s.requests.%s must be at most limits.%s (%v), got %v" $at $name $name $limit $request) -}}
+{{- else if and $whole (ne (include "mora-serve.amount" $request) (include "mora-serve.amount" $limit)) -}}
+{{- fail (printf "%s.requests.%s must be limits.%s (%v): nothing of it is overcommitted, got %v" $at $name $name $limit $request) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -15,18 +15,19 @@ earlier one, since an API server refuses a RayService that has it twice. */}}
 {{- toYaml $once -}}
 {{- end -}}
 
-{{/* Nothing, or a message about a variable that is not the user's to set: MORA_* would be read as settings,
-and KubeRay refuses the others. */}}
+{{/* Nothing, or a message about a variable that is not the user's to set (MORA_* would be read as settings,
+and KubeRay refuses the others) or whose value is a secret. */}}
 {{- define "mora-serve.checkedEnv" -}}
 {{- $at := .at -}}
 {{- range .env -}}
 {{- if hasPrefix "MORA_" .name -}}
-{{- fail (printf "%s must not hold settings, got %s; they belong into `config`" $at .name) -}}
+{{- fail (printf "%s must not hold settings, got %s; they belong into `config`, and keys into the Secrets that `secrets` names or, for a remote scorer, into the variable that its remote.api_key_env names" $at .name) -}}
 {{- else if has .name (list "REDIS_PASSWORD" "REDIS_USERNAME" "RAY_REDIS_ADDRESS" "RAY_enable_autoscaler_v2") -}}
 {{- fail (printf "%s must not hold what KubeRay sets, got %s; see gcsFaultTolerance and ray.autoscaling" $at .name) -}}
 {{- else if and .value .valueFrom -}}
 {{- fail (printf "%s must give either value or valueFrom, got both for %s" $at .name) -}}
 {{- end -}}
+{{- include "mora-serve.noSecrets" (dict "at" $at "value" (dict .name .value)) -}}
 {{- end -}}
 {{- end -}}
 
@@ -138,6 +139,16 @@ and KubeRay refuses the others. */}}
 {{- $_ := set $resources "limits" (set ($resources.limits | default dict) .name (int .gpus)) -}}
 {{- end -}}
 {{- toYaml $resources -}}
+{{- end -}}
+
+{{/* Bytes of a node's object store: three quarters of /dev/shm, whose rest is for engines and training
+workers. Left to itself Ray takes 30 % of the memory limit, and puts it all under /tmp where /dev/shm has less. */}}
+{{- define "mora-serve.objectStore" -}}
+{{- $bytes := include "mora-serve.amount" .node.shmSize | float64 | mulf 0.75 -}}
+{{- if lt $bytes 78643200.0 -}}
+{{- fail (printf "%s.shmSize must be at least 100Mi, got %v: three quarters of it are Ray's object store, which takes no less than 75 MiB" .at .node.shmSize) -}}
+{{- end -}}
+{{- printf "%.0f" (floor $bytes) -}}
 {{- end -}}
 
 {{/* Ready means that it takes requests: on a worker, that Serve's proxy answers there. KubeRay sends

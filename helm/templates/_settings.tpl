@@ -52,12 +52,37 @@
 {{- toYaml $replica -}}
 {{- end -}}
 
-{{/* Refuses texts that look like secrets in what the schema leaves open: `value` is at the path `at`. */}}
+{{/* Nothing, or a message about a vLLM engine whose ranks have not a GPU each. `at` is the path of the policy or
+scorer, `name` of the engine's arguments in it, `home` the worker group. */}}
+{{- define "mora-serve.ranks" -}}
+{{- $at := .at -}}
+{{- $engine := .engine | default dict -}}
+{{- $replica := .replica | default dict -}}
+{{- $ranks := mul (int ($engine.tensor_parallel_size | default 1)) (int ($engine.pipeline_parallel_size | default 1)) (int ($engine.data_parallel_size | default 1)) -}}
+{{- $said := printf "%s.%s: tensor_parallel_size * pipeline_parallel_size * data_parallel_size" $at .name -}}
+{{- $executor := $engine.distributed_executor_backend -}}
+{{- if $replica.bundles -}}
+{{- $gpus := 0 -}}
+{{- range $replica.bundles }}{{ if .GPU }}{{ $gpus = add1 $gpus }}{{ end }}{{ end -}}
+{{- if gt (int $ranks) (int $gpus) -}}
+{{- fail (printf "%s must be at most the %d of replica.bundles that have a GPU, one for each rank, got %d" $said (int $gpus) (int $ranks)) -}}
+{{- else if and (gt (int $ranks) 1) (ne (toString $executor) "ray") -}}
+{{- fail (printf "%s.%s.distributed_executor_backend must be ray with replica.bundles, got %v: only Ray's actors reach the GPUs of several" $at .name ($executor | default "none")) -}}
+{{- end -}}
+{{- else if eq (toString $executor) "ray" -}}
+{{- fail (printf "%s.replica.bundles must have one bundle with a GPU for each rank (%d) with distributed_executor_backend ray, got none: vLLM would take GPUs of any group" $at (int $ranks)) -}}
+{{- else if and .home.gpus (gt $ranks (max 1 ($replica.num_gpus | default 0 | ceil))) -}}
+{{- fail (printf "%s must be at most replica.num_gpus (%v), got %d" $said ($replica.num_gpus | default 0) (int $ranks)) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Refuses texts that look like secrets in what the schema leaves open: `value` is at the path `at`. Names of
+files that hold one, and switches, are none. */}}
 {{- define "mora-serve.noSecrets" -}}
 {{- $at := .at -}}
 {{- if kindIs "map" .value -}}
 {{- range $name, $inner := .value -}}
-{{- $text := and (kindIs "string" $inner) (ne $inner "") -}}
+{{- $text := and (kindIs "string" $inner) (not (regexMatch "^(?i:[0-9]|true|false|yes|no|on|off)?$" (toString $inner))) (not (regexMatch "(?i:_(file|path|dir))$|^GOOGLE_APPLICATION_CREDENTIALS$" $name)) -}}
 {{- if and $text (regexMatch "(?i:secret|passw|credential|access_?key|connection_?string)|(^|[_.-])(?i:api_?key|key|token)$|[a-z](Key|Token)$" $name) -}}
 {{- fail (printf "%s.%s must not be in the values, which everybody who reads the RayService sees: name a Secret under `secrets`, or give a variable with valueFrom in extraEnv" $at $name) -}}
 {{- end -}}
@@ -67,7 +92,7 @@
 {{- range $inner := .value }}{{ include "mora-serve.noSecrets" (dict "at" $at "value" $inner) }}{{ end -}}
 {{- else if kindIs "string" .value -}}
 {{- if regexMatch "://[^/@ ]*:[^/@ ]+@" .value -}}
-{{- fail (printf "%s must not hold a URL with a password: name a Secret under `secrets`, or give a variable with valueFrom in extraEnv" $at) -}}
+{{- fail (printf "%s must not hold a URL with a password: name a Secret under `secrets` or in `existingSecret`, or give a variable with valueFrom in extraEnv" $at) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -75,13 +100,31 @@
 {{- define "mora-serve.settings" -}}
 {{- $config := deepCopy .Values.config -}}
 {{- include "mora-serve.noSecrets" (dict "at" "config.blobs.options" "value" (dig "blobs" "options" dict $config)) -}}
+{{- include "mora-serve.noSecrets" (dict "at" "config.server.file_uri_prefixes" "value" (dig "server" "file_uri_prefixes" list $config)) -}}
+{{- include "mora-serve.noSecrets" (dict "at" "blobs.s3" "value" .Values.blobs.s3) -}}
+{{- include "mora-serve.noSecrets" (dict "at" "gcsFaultTolerance.external.address" "value" .Values.gcsFaultTolerance.external.address) -}}
 {{- range $name := list "engine" "engine_env" -}}
 {{- include "mora-serve.noSecrets" (dict "at" (printf "config.policy.%s" $name) "value" (dig "policy" $name dict $config)) -}}
 {{- end -}}
-{{- range $scorer := $config.scorers }}{{ range $name := list "engine_args" "engine_env" -}}
+{{- range $scorer := $config.scorers }}{{ range $name := list "engine_args" "engine_env" "remote" -}}
 {{- include "mora-serve.noSecrets" (dict "at" (printf "config.scorers.%s.%s" $scorer.name $name) "value" (index $scorer $name)) -}}
 {{- end }}{{ end -}}
 {{- if not $config.scorers }}{{ fail "config.scorers must list the scorers, got none: the chart places each on its worker group" }}{{ end -}}
+{{- $names := list -}}
+{{- range $config.scorers -}}
+{{- if has .name $names }}{{ fail (printf "config.scorers must have distinct names, got %s twice" .name) }}{{ end -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- $variables := list -}}
+{{- range concat (include "mora-serve.chartEnv" . | fromYamlArray) .Values.extraEnv }}{{ $variables = append $variables .name }}{{ end -}}
+{{- range $scorer := $config.scorers }}{{ with (.remote | default dict).api_key_env -}}
+{{- if not (has . $variables) }}{{ fail (printf "config.scorers.%s.remote.api_key_env must name a variable of extraEnv, got %s" $scorer.name .) }}{{ end -}}
+{{- end }}{{ end -}}
+{{- /* The defaults are the profile's. */ -}}
+{{- $sampling := $config.sampling | default dict -}}
+{{- $n := int ($sampling.n | default 8) -}}
+{{- $most := int ($sampling.n_max | default (ternary 16 24 (eq .Values.profile "gpu"))) -}}
+{{- if lt $most $n }}{{ fail (printf "config.sampling.n_max must be at least n (%d), got %d" $n $most) }}{{ end -}}
 {{- $server := $config.server | default dict -}}
 {{- include "mora-serve.fits" (dict "root" . "home" "gateway" "at" "config.server.num_cpus" "kind" "CPU" "asked" $server.num_cpus) -}}
 {{- $server = merge (dict "host" "0.0.0.0" "port" (int .Values.service.port) "resources" (set ($server.resources | default dict) "mora-gateway" 0.01)) $server -}}
@@ -90,11 +133,15 @@
 {{- with .Values.blobs.s3.url }}{{ $_ := set $config "blobs" (merge (dict "url" .) ($config.blobs | default dict)) }}{{ end -}}
 {{- $policy := $config.policy | default dict -}}
 {{- $_ := set $policy "replica" (include "mora-serve.placed" (dict "root" $ "at" "config.policy.replica" "part" "generator" "replica" $policy.replica) | fromYaml) -}}
+{{- $home := include "mora-serve.home" (dict "root" . "part" "generator") -}}
+{{- include "mora-serve.ranks" (dict "at" "config.policy" "name" "engine" "engine" $policy.engine "replica" $policy.replica "home" (index .Values.workerGroups $home)) -}}
 {{- if and (eq .Values.profile "embedded") (not $policy.path) }}{{ $_ := set $policy "path" (include "mora-serve.embeddedModel" .) }}{{ end -}}
 {{- $_ := set $config "policy" $policy -}}
 {{- $scorers := list -}}
+{{- $home = include "mora-serve.home" (dict "root" . "part" "scorers") -}}
 {{- range $config.scorers -}}
 {{- $placed := include "mora-serve.placed" (dict "root" $ "at" (printf "config.scorers.%s.replica" .name) "part" "scorers" "replica" .replica) | fromYaml -}}
+{{- include "mora-serve.ranks" (dict "at" (printf "config.scorers.%s" .name) "name" "engine_args" "engine" .engine_args "replica" $placed "home" (index $.Values.workerGroups $home)) -}}
 {{- $scorers = append $scorers (set . "replica" $placed) -}}
 {{- end -}}
 {{- $_ := set $config "scorers" $scorers -}}
@@ -102,7 +149,7 @@
 {{- $_ := set $runner "replica" (include "mora-serve.placed" (dict "root" $ "at" "config.runner.replica" "part" "gateway" "replica" ($runner.replica | default (dict "min_replicas" 1 "max_replicas" 2))) | fromYaml) -}}
 {{- $_ := set $config "runner" $runner -}}
 {{- $trainer := $config.trainer | default dict -}}
-{{- $home := include "mora-serve.home" (dict "root" . "part" "trainer") -}}
+{{- $home = include "mora-serve.home" (dict "root" . "part" "trainer") -}}
 {{- $_ := set $trainer "launcher" (include "mora-serve.placed" (dict "root" $ "at" "config.trainer.launcher" "part" "gateway" "replica" $trainer.launcher) | fromYaml) -}}
 {{- $_ := set $trainer "resources" (set ($trainer.resources | default dict) (printf "mora-%s" $home) 0.01) -}}
 {{- if not (hasKey $trainer "use_gpu") }}{{ $_ := set $trainer "use_gpu" (gt (int (index .Values.workerGroups $home).gpus) 0) }}{{ end -}}

@@ -43,7 +43,7 @@ spec:
           args:
             - |
               umask 077
-              printf '%s\n' 'dir /data' 'appendonly yes' 'appendfsync everysec' \
+              printf '%s\n' 'dir /data' 'save ""' 'appendonly yes' 'appendfsync everysec' \
                 'maxmemory-policy noeviction' {{ with $limit }}'maxmemory {{ include "mora-serve.amount" . | float64 | mulf 0.75 | printf "%.0f" }}' {{ end }} \
                 {{ if .secret }}"requirepass $VALKEY_PASSWORD"{{ else }}'protected-mode no'{{ end }} \
                 > /run/valkey/valkey.conf

@@ -24,6 +24,8 @@ from mora_serve.cli.common import (
 )
 from mora_serve.client import Client
 
+READY_SILENCE_S = 5.0
+"""How long one answer of ``/readyz`` is waited for."""
 PROMPTS_PER_REQUEST = 64
 """Files are sent in pieces of this size, under the server's limit for one request."""
 
@@ -50,6 +52,9 @@ def diagnose(
     max_tokens: MaxTokensOption = None,
     seed: SeedOption = None,
     rollouts: Annotated[bool, typer.Option(help="Include the answers (with --json).")] = False,
+    ready_timeout: Annotated[
+        float, typer.Option(help="Seconds to wait for /readyz first; 0: send at once.")
+    ] = 0.0,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
     as_json: JsonOption = False,
@@ -62,6 +67,9 @@ def diagnose(
         "model": model, "n": n, "temperature": temperature, "max_tokens": max_tokens,
         "seed": seed, "include_rollouts": rollouts,
     }  # fmt: skip
+    if ready_timeout:
+        with spinner("waiting for the server"):
+            Client(url, timeout_s=READY_SILENCE_S).wait_ready(ready_timeout)
     items = []
     with progress_bar() as progress:
         task = progress.add_task("diagnosing", total=len(prompts))

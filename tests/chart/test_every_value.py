@@ -56,8 +56,10 @@ FORMS: Mapping[str, Callable[[int, str], Any]] = {
     "hosts": lambda _, token: [{"host": token, "path": f"/{token}"}],
     "tls": lambda _, token: [{"secretName": token}],
     "parentRefs": lambda _, token: [{"name": token}],
-    "clients": lambda _, token: [{"podSelector": {token: token}}],
-    "monitoring": lambda _, token: [{"podSelector": {token: token}}],
+    "clients": lambda _, token: [{"podSelector": {"matchLabels": {token: token}}}],
+    "monitoring": lambda _, token: [{"podSelector": {"matchLabels": {token: token}}}],
+    "operatorNamespaceSelector": lambda _, token: {"matchLabels": {token: token}},
+    "operatorPodSelector": lambda _, token: {"matchLabels": {token: token}},
     "extraObjects": lambda _, token: [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": token}}
     ],

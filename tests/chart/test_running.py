@@ -143,12 +143,17 @@ def test_alerts_on_failures_leave_out_what_the_code_calls_a_success() -> None:
 @pytest.mark.parametrize(
     ("values", "warned"),
     [
-        ({}, {"rewards are raw", "every caller is accepted"}),
-        ({"calibrator.existingConfigMap": "c", "secrets.apiKeys.existingSecret": "k"}, set()),
-        ({"gcsFaultTolerance.enabled": False, "config.method.calibrator": None},
-         {"every caller is accepted", "the loss of the head replaces every pod"}),
+        ({}, {"rewards are raw", "every caller is accepted", "a pod of any namespace",
+              "mora-mora-serve-gcs-valkey takes no password"}),
+        ({"calibrator.existingConfigMap": "c", "secrets.apiKeys.existingSecret": "k",
+          "gcsFaultTolerance.external.existingSecret": "s",
+          "networkPolicy.operatorNamespaceSelector": {"matchLabels": {"name": "ray"}}}, set()),
+        ({"gcsFaultTolerance.enabled": False, "config.method.calibrator": None,
+          "networkPolicy.enabled": False},
+         {"every caller is accepted", "the loss of the head replaces every pod",
+          "every pod reaches Ray's ports"}),
     ],
-    ids=["default", "all is given", "no fault tolerance"],
+    ids=["default", "all is given", "nothing is on"],
 )  # fmt: skip
 def test_what_is_printed_after_an_install_warns_of_what_is_missing(
     values: dict[str, Any], warned: set[str]

@@ -368,6 +368,7 @@ def test_the_stores_start_append_never_evict_and_stop_in_order(
             assert client.ping()
             memory = _bytes(container["resources"]["limits"]["memory"])
             expected = {
+                "save": "",
                 "appendonly": "yes",
                 "maxmemory-policy": "noeviction",
                 "maxmemory": str(int(memory * 0.75)),

@@ -181,3 +181,30 @@ def test_download_is_all_or_nothing(server: Server, tmp_path: Path) -> None:
     with pytest.raises(UnreachableError):
         client(server).download("/bad", tmp_path / "bad")
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.parquet"]
+
+
+def test_readiness_is_waited_for_while_nothing_answers_or_parts_are_missing(
+    server: Server,
+) -> None:
+    later = iter([error(404, "no route"), error(503, "not ready"), Answer(body={"reasons": []})])
+    server.on("GET /readyz", lambda _: next(later))
+    waits: list[float] = []
+    Client(server.url, sleep=waits.append).wait_ready(60)
+    assert len(waits) == 2
+    assert len(server.seen) == 3
+
+
+def test_a_server_that_does_not_become_ready_in_time_says_what_is_missing(
+    server: Server,
+) -> None:
+    server.on("GET /readyz", Answer(503, {"reasons": ["no generator", "scorer helpful"]}))
+    clock = iter(range(0, 100, 20))
+    with pytest.raises(UnreachableError, match="not ready after 30 s: no generator; scorer help"):
+        client(server).wait_ready(30, clock=lambda: next(clock))
+    assert len(server.seen) == 2
+
+
+def test_a_server_that_does_not_answer_is_not_ready() -> None:
+    waiting = Client(f"http://127.0.0.1:{free_port()}", sleep=lambda _: None)
+    with pytest.raises(UnreachableError, match="not ready after 0 s: no server answers"):
+        waiting.wait_ready(0)

@@ -118,6 +118,13 @@ def test_diagnose_sends_given_values_and_leaves_the_rest_to_the_server(server: S
     assert result.output.index("A?") < result.output.index("B?")
 
 
+def test_diagnose_can_wait_until_the_server_is_ready(server: Server) -> None:
+    server.on("GET /readyz", Answer(body={}))
+    server.on("POST /v1/diagnostics", diagnosing)
+    assert run("diagnose", "-p", "A?", "--ready-timeout", "5", "--url", server.url).exit_code == 0
+    assert [seen.path for seen in server.seen] == ["/readyz", "/v1/diagnostics"]
+
+
 def test_diagnose_json_is_one_object_a_line_with_global_indices(
     server: Server, tmp_path: Path
 ) -> None:

@@ -204,10 +204,38 @@ def test_scorers_of_one_name_are_refused() -> None:
         load_settings("fake", environ=NO_ENVIRON, overrides=overrides)
 
 
-def test_a_malformed_key_of_a_remote_scorer_is_not_shown() -> None:
-    remote = {"url": "http://rm/classify", "protocol": "classify", "api_key": 987123}
+def with_remote(**remote: object) -> dict[str, object]:
+    """Settings of one remote scorer."""
+    remote = {"url": "http://rm/classify", "protocol": "classify", **remote}
     scorer = {"name": "rm", "backend": "remote", "dimensions": ["a"], "sign": 1, "remote": remote}
-    overrides = {"dimensions": ["a"], "scorers": [scorer]}
+    return {"dimensions": ["a"], "scorers": [scorer]}
+
+
+def test_a_remote_scorers_key_can_be_in_a_variable_of_any_name() -> None:
+    settings = load_settings(
+        "fake", environ={"REWARD_KEY": "k1"}, overrides=with_remote(api_key_env="REWARD_KEY")
+    )
+    for found in (settings, settings_from_dump(dump_settings(settings, reveal=True))):
+        remote = found.scorers[0].remote
+        assert remote is not None
+        assert remote.api_key is not None
+        assert remote.api_key.get_secret_value() == "k1"
+    assert "k1" not in json.dumps(dump_settings(settings))
+
+
+def test_a_variable_without_the_key_is_named() -> None:
+    said = "remote.api_key_env of the scorer rm must name a variable that holds its key, got NONE"
+    with pytest.raises(ConfigError, match=said):
+        load_settings("fake", environ=NO_ENVIRON, overrides=with_remote(api_key_env="NONE"))
+
+
+def test_a_key_is_given_in_one_way() -> None:
+    both = with_remote(api_key="k1", api_key_env="REWARD_KEY")
+    with pytest.raises(ConfigError, match="api_key and api_key_env must not both be given"):
+        load_settings("fake", environ={"REWARD_KEY": "k2"}, overrides=both)
+
+
+def test_a_malformed_key_of_a_remote_scorer_is_not_shown() -> None:
     with pytest.raises(ConfigError, match="api_key") as caught:
-        load_settings("fake", environ=NO_ENVIRON, overrides=overrides)
+        load_settings("fake", environ=NO_ENVIRON, overrides=with_remote(api_key=987123))
     assert "987123" not in str(caught.value)
