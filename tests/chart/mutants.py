@@ -129,6 +129,23 @@ MUTANTS = (
     Mutant("README.md", "--reset-then-reuse-values", "--keep-values"),
     Mutant("README.md", "workerGroupSpecs/1/maxReplicas", "workerGroupSpecs/2/maxReplicas"),
     Mutant("README.md", "| `MoraStoreDown` |", "| `MoraStoreAway` |"),
+    Mutant(T + "rayservice.yaml", "dashboard-host: 0.0.0.0", "dashboard-host: 127.0.0.1"),
+    Mutant(T + "_pods.tpl", "containerPort: 8265", "containerPort: 8266"),
+    Mutant(T + "_pods.tpl", "containerPort: 10001", "containerPort: 10009"),
+    Mutant(T + "_pods.tpl", "name: gcs-server", "name: gcs"),
+    Mutant(T + "_valkey.tpl", "REDISCLI_AUTH", "REDIS_AUTH"),
+    Mutant(T + "_valkey.tpl", "grep -q PONG", "grep -q POMG"),
+    Mutant(T + "tests/diagnostics.yaml", "helm.sh/hook: test", "helm.sh/hooks: test"),
+    Mutant(T + "serviceaccount.yaml", "kind: ServiceAccount",
+           "kind: Secret\nmetadata: {name: second}\n---\napiVersion: v1\nkind: ServiceAccount"),
+    Mutant("values.yaml", "fsGroup: 10001", "fsGroup: 20000"),
+    Mutant("values.yaml", "fsGroup: 999", "fsGroup: 998"),
+    Mutant("values.yaml", "runAsUser: 999", "runAsUser: 998"),
+    Mutant("values.yaml", "readiness: {periodSeconds: 5,", "readiness: {periodSeconds: 500,"),
+    Mutant("values.yaml", "failureThreshold: 60}", "failureThreshold: 1}"),
+    Mutant("values.yaml", "timeoutSeconds: 300", "timeoutSeconds: 3"),
+    Mutant(T + "prometheusrule.yaml", "> 0.05", "> 5"),
+    Mutant(T + "prometheusrule.yaml", "> 0.8", "> 80"),
 )  # fmt: skip
 
 
