@@ -305,6 +305,8 @@ def test_settings_change_in_place_and_bounds_wait_for_a_new_cluster() -> None:
         {"service.port": 9009},
         {"calibrator.existingConfigMap": "fitted"},
         {"valkey.auth.existingSecret": "another"},
+        {"gcsFaultTolerance.enabled": False},
+        {"gcsFaultTolerance.external": {"existingSecret": "another"}},
         {"head.podAnnotations": {"turn": "2"}},
     ],
     ids=lambda values: next(iter(values)),
@@ -322,6 +324,26 @@ def test_changes_that_replace_the_cluster_are_told(values: dict[str, Any]) -> No
 def test_a_services_type_is_no_part_of_what_replaces_the_cluster() -> None:
     changed = render("default", "service.type=NodePort").ray_service["spec"]
     assert _hashed(changed) == _hashed(render().ray_service["spec"])
+
+
+@pytest.mark.parametrize(
+    ("value", "restarted"),
+    [
+        ("valkey.image.tag=8.2", {"valkey", "gcs-valkey"}),
+        ("valkey.podSecurityContext.fsGroup=1", {"valkey", "gcs-valkey"}),
+        ("valkey.resources.limits.cpu=3", {"valkey"}),
+        ("gcsFaultTolerance.resources.limits.cpu=3", {"gcs-valkey"}),
+        ("gcsFaultTolerance.external.address=redis://other:6379", {"gcs-valkey"}),
+    ],
+)
+def test_changes_reach_the_stores_that_the_guide_says(value: str, restarted: set[str]) -> None:
+    stores = (
+        {item["metadata"]["name"]: item["spec"] for item in rendered.all("StatefulSet")}
+        for rendered in (render(), render("default", value))
+    )
+    before, after = stores
+    changed = {name for name in before if before[name] != after.get(name)}
+    assert changed == {f"mora-mora-serve-{name}" for name in restarted}
 
 
 def _hashed(spec: dict[str, Any]) -> Any:
