@@ -1,7 +1,9 @@
 # Two images from one file, each a closed set of locked packages on a plain Python:
 #   docker build --target cpu -t mora-serve:0.1.0-cpu .   embedded profile, no GPU
 #   docker build --target gpu -t mora-serve:0.1.0-gpu .   vLLM's CUDA build; the driver is the host's
-# Pin BASE by digest for builds that repeat byte for byte.
+# Python packages have the locks' versions (without hashes: the index is trusted), and a digest in BASE pins
+# the base. apt's packages and file times are those of the build, so that two images are not alike by byte.
+# The gpu target alone ships a compiler, gcc; its stage says why.
 ARG BASE=docker.io/library/python:3.11-slim
 
 # --- what is built ---------------------------------------------------------------------------------

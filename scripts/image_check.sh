@@ -5,7 +5,7 @@
 #
 # The base image is not pulled: a Debian with Python 3.11 from mmdebstrap stands in for it, with pip under
 # /usr/local as the official one has it. What it proves is the Dockerfile and the locked packages, not that base.
-# Steps run again only when they are not done:
+# It prints how long each step took and how large each layer is. Steps run again only when they are not done:
 #   scripts/image_check.sh base | build [TARGET] | run | clean    one step, or all but `clean` without an argument
 # IMAGE_ARGS holds more options for `buildah build`, for example volumes and build arguments of a mirror;
 # IMAGE_STORE is their folder (allow 20 GB while it builds on overlay, more where only vfs works).
@@ -51,6 +51,24 @@ build() {
   hold build --isolation chroot --format docker --pull-never $([ "$driver" = vfs ] || echo --layers) \
     --build-arg "BASE=$base" --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
     --volume /etc/ssl/certs:/etc/ssl/certs:ro ${IMAGE_ARGS:-} --target "$1" --tag "localhost/mora-serve:$1" .
+}
+
+timed() {
+  local started=$SECONDS
+  "$@"
+  echo "image-check: $* took $((SECONDS - started)) s"
+}
+
+# As they are stored, the base's first.
+show_layers() {
+  hold inspect --type image "$image" | "$python" -c '
+import json, sys
+image = json.load(sys.stdin)
+layers = json.loads(image["Manifest"])["layers"]
+steps = [step.get("created_by", "") for step in json.loads(image["Config"])["history"] if not step.get("empty_layer")]
+for layer, step in zip(layers, steps):
+    size = layer["size"] / 1e6
+    print(f"image-check: {size:8,.1f} MB  {step[:90]}")'
 }
 
 inspect() { hold inspect --type image --format "$1" "$image"; }
@@ -118,15 +136,16 @@ run() {
   trap 'stop_service; hold rm "$container" >/dev/null' EXIT
   await_ready
   inside env MORA_URL="http://127.0.0.1:$port" mora-serve diagnose --prompt 'How do I boil an egg?'
+  show_layers
   hold images --format 'image-check: {{.Name}}:{{.Tag}} {{.Size}}' "$image"
   echo "image-check: the gateway in the image is ready and diagnoses a prompt"
 }
 
 case ${1:-all} in
-  base) make_base ;;
-  build) make_base && build "${2:-cpu}" ;;
-  run) run ;;
-  all) make_base && build cpu && run ;;
+  base) timed make_base ;;
+  build) timed make_base; timed build "${2:-cpu}" ;;
+  run) timed run ;;
+  all) timed make_base; timed build cpu; timed run ;;
   clean) hold rmi --all --force >/dev/null && rm -rf "$store" ;;
   *) fail "the step must be base, build, run or clean, got $1" ;;
 esac

@@ -11,19 +11,71 @@
 {{- $group -}}
 {{- end -}}
 
+{{/* CPUs or GPUs (`kind`) of a pod of the group `home`, as KubeRay tells them to Ray. */}}
+{{- define "mora-serve.perPod" -}}
+{{- $group := index .root.Values.workerGroups .home -}}
+{{- if eq .kind "GPU" -}}
+{{- $group.gpus -}}
+{{- else -}}
+{{- coalesce $group.resources.limits.cpu $group.resources.requests.cpu 0 | include "mora-serve.amount" | float64 | ceil -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Nothing, or a message about what no pod of the group `home` has room for: it would wait for ever.
 `at` is the path in the values, `kind` CPU or GPU, `asked` how many. */}}
 {{- define "mora-serve.fits" -}}
-{{- $group := index .root.Values.workerGroups .home -}}
-{{- $has := $group.gpus -}}
-{{- if eq .kind "CPU" -}}
-{{- $has = coalesce $group.resources.limits.cpu $group.resources.requests.cpu 0 | include "mora-serve.amount" | float64 | ceil -}}
-{{- end -}}
+{{- $has := include "mora-serve.perPod" . | float64 -}}
 {{- if and (eq .kind "CPU") (not $has) -}}
 {{- fail (printf "workerGroups.%s.resources must give cpu in limits or requests, got none: Ray's autoscaler would not know the size of a pod" .home) -}}
 {{- end -}}
 {{- if gt (float64 (.asked | default 0)) (float64 $has) -}}
 {{- fail (printf "%s must be at most the %v %ss of a pod of workerGroups.%s, where it runs, got %v" .at $has .kind .home .asked) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Nothing, or a message about replicas that wait for ever: all pods of a group together (`maxReplicas`)
+must hold what rests there, and the workers of a training run. `config` is what is rendered. */}}
+{{- define "mora-serve.holds" -}}
+{{- $root := .root -}}
+{{- $config := .config -}}
+{{- $trainer := $config.trainer -}}
+{{- $server := dict "min_replicas" (dig "replicas" 1 $config.server) "num_cpus" $config.server.num_cpus -}}
+{{- $workers := dict "min_replicas" (dig "num_workers" 1 $trainer) "num_cpus" (dig "num_cpus_per_worker" 1 $trainer) "num_gpus" (ternary 1 0 $trainer.use_gpu) -}}
+{{- $parts := list (dict "at" "config.trainer.num_workers" "part" "trainer" "replica" $workers) -}}
+{{- $parts = append $parts (dict "at" "config.server.replicas" "part" "gateway" "replica" $server) -}}
+{{- $parts = append $parts (dict "at" "config.runner.replica.min_replicas" "part" "gateway" "replica" $config.runner.replica) -}}
+{{- $parts = append $parts (dict "at" "config.trainer.launcher.min_replicas" "part" "gateway" "replica" $trainer.launcher) -}}
+{{- $parts = append $parts (dict "at" "config.policy.replica.min_replicas" "part" "generator" "replica" $config.policy.replica) -}}
+{{- range $config.scorers -}}
+{{- $parts = append $parts (dict "at" (printf "config.scorers.%s.replica.min_replicas" .name) "part" "scorers" "replica" .replica) -}}
+{{- end -}}
+{{- $left := dict -}}
+{{- range $part := $parts -}}
+{{- $home := include "mora-serve.home" (dict "root" $root "part" $part.part) -}}
+{{- $pods := int (index $root.Values.workerGroups $home).maxReplicas -}}
+{{- $asked := int (dig "min_replicas" 1 $part.replica) -}}
+{{- $most := float64 $asked -}}
+{{- $scarce := "" -}}
+{{- range $kind, $name := dict "CPU" "num_cpus" "GPU" "num_gpus" -}}
+{{- $pod := include "mora-serve.perPod" (dict "root" $root "home" $home "kind" $kind) | float64 -}}
+{{- $key := printf "%s %s" $home $kind -}}
+{{- $free := ternary (get $left $key) (mulf $pod $pods) (hasKey $left $key) -}}
+{{- $each := float64 (get $part.replica $name | default 0) -}}
+{{- if $part.replica.bundles -}}
+{{- $each = 0.0 -}}
+{{- range $part.replica.bundles }}{{ $each = addf $each (get . $kind | default 0) }}{{ end -}}
+{{- end -}}
+{{- if gt $each 0.0 -}}
+{{- /* A millionth for fractions of a GPU, which floats do not add up exactly. */ -}}
+{{- $fit := floor (addf (divf $free $each) 1e-6) -}}
+{{- if not $part.replica.bundles }}{{ $fit = minf $fit (mulf $pods (floor (addf (divf $pod $each) 1e-6))) }}{{ end -}}
+{{- if lt $fit $most }}{{ $most = $fit }}{{ $scarce = $kind }}{{ end -}}
+{{- if ne $part.part "trainer" }}{{ $_ := set $left $key (subf $free (mulf $each $asked)) }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- if $scarce -}}
+{{- fail (printf "%s must be at most %.0f, or some wait for ever: for more, the %d pods (maxReplicas) of workerGroups.%s have too few %ss, got %d" $part.at $most $pods $home $scarce $asked) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
@@ -155,6 +207,7 @@ files that hold one, and switches, are none. */}}
 {{- if not (hasKey $trainer "use_gpu") }}{{ $_ := set $trainer "use_gpu" (gt (int (index .Values.workerGroups $home).gpus) 0) }}{{ end -}}
 {{- include "mora-serve.fits" (dict "root" . "home" $home "at" "config.trainer.num_cpus_per_worker" "kind" "CPU" "asked" $trainer.num_cpus_per_worker) -}}
 {{- $_ := set $config "trainer" $trainer -}}
+{{- include "mora-serve.holds" (dict "root" . "config" $config) -}}
 {{- if .Values.calibrator.existingConfigMap -}}
 {{- $_ := set $config "method" (set ($config.method | default dict) "calibrator" (printf "/etc/mora/calibrator/%s" .Values.calibrator.key)) -}}
 {{- end -}}

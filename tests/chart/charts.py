@@ -120,7 +120,7 @@ def run_helm(*arguments: str, version: str = "4", stdin: str = "") -> str:
     """What helm prints. Raises :class:`RefusedError` with what it says when it fails."""
     done = subprocess.run(
         [str(TOOLS / version / "helm"), *arguments],
-        input=stdin, capture_output=True, text=True, timeout=60, check=False,
+        input=stdin, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     if done.returncode:
         raise RefusedError(done.stderr.strip() or done.stdout.strip())

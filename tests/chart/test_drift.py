@@ -16,12 +16,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import typer
 import yaml
 from prometheus_client import CollectorRegistry
-from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+from ray._private.ray_constants import (
+    DEFAULT_DASHBOARD_AGENT_LISTEN_PORT,
+    DEFAULT_DASHBOARD_PORT,
+    DEFAULT_PORT,
+)
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _generate_available_node_types_from_ray_cr_spec,
 )
@@ -34,12 +39,19 @@ from actors.metrics import GeneratorMetrics, ScorerMetrics
 from api.cluster import cluster_settings
 from api.ingress import APPLICATION
 from api.proxy import common_environment, haproxy_environment, python_proxy_environment
-from api.telemetry import GatewayMetrics
+from api.telemetry import GatewayMetrics, merge_expositions
 from mora_serve import __version__
 from mora_serve.cli.app import app
-from mora_serve.config import ENV_PREFIX, RESERVED_VARIABLES, Settings, load_settings
+from mora_serve.config import (
+    CLIENT_VARIABLES,
+    ENV_PREFIX,
+    RESERVED_VARIABLES,
+    Settings,
+    load_settings,
+)
 from mora_serve.errors import ConfigError
 from mora_serve.settings_sources import read_environ
+from mora_serve.stack import resolve_settings
 from tests.chart.charts import (
     CHART,
     ROOT,
@@ -55,6 +67,8 @@ from tests.chart.footprint import row
 from trainer.metrics import exposition
 
 SECRET_VALUES = {"MORA_SERVER__API_KEYS": '["one", "two"]', "MORA_REDIS__URL": "redis://store:6379"}
+HEAD_PORTS = {"gcs-server": DEFAULT_PORT, "dashboard": DEFAULT_DASHBOARD_PORT, "client": 10001}
+"""Where the head listens, under KubeRay's names; Ray has no constant for the last one."""
 FOREIGN_METRICS = {
     "up",
     "kube_statefulset_status_replicas_ready",
@@ -247,10 +261,17 @@ def check_ports(rendered: Rendered) -> None:
         assert ports["serve"] == port
         assert str(ports["metrics"]) == parameters["metrics-export-port"]
         assert parameters["dashboard-agent-listen-port"] == str(DEFAULT_DASHBOARD_AGENT_LISTEN_PORT)
-    test = rendered.one("Pod")["spec"]["containers"][0]
-    urls = [item["value"] for item in test["env"] if item["name"] == "MORA_URL"]
+        own = {key: number for key, number in ports.items() if key not in ("serve", "metrics")}
+        assert own == (HEAD_PORTS if name == "head" else {})
+    assert groups["head"]["rayStartParams"]["dashboard-host"] == "0.0.0.0"
     name = rendered.ray_service["spec"]["serveService"]["metadata"]["name"]
-    assert urls == [f"http://{name}:{port}"]
+    url, _ = CLIENT_VARIABLES
+    assert environment(rendered.one("Pod"))[url] == f"http://{name}:{port}"
+
+
+def test_the_tests_pod_is_a_client_with_a_key() -> None:
+    given = environment(everything().one("Pod"))
+    assert {name for name in given if name.startswith(ENV_PREFIX)} == set(CLIENT_VARIABLES)
 
 
 def test_probes_ask_what_ray_answers_without_a_token() -> None:
@@ -281,7 +302,8 @@ def test_service_links_would_be_refused_as_settings_and_are_off() -> None:
 
 @pytest.mark.parametrize("haproxy", [True, False])
 def test_serves_variables_are_those_of_a_local_stack(haproxy: bool) -> None:
-    given = environment(render("cpu", f"ray.haproxy={str(haproxy).lower()}").ray_pods()["gateway"])
+    rendered = render("cpu", f"ray.haproxy={str(haproxy).lower()}")
+    given = environment(rendered.ray_pods()["gateway"])
     expected = dict(common_environment(local=False))
     if haproxy:
         local = haproxy_environment("/haproxy", PurePosixPath("/tmp"))  # type: ignore[arg-type]
@@ -291,6 +313,9 @@ def test_serves_variables_are_those_of_a_local_stack(haproxy: bool) -> None:
     else:
         expected |= python_proxy_environment()
     assert {n: v for n, v in given.items() if n.startswith(("RAY_",))} == expected
+    # The Python proxy holds whole bodies, so that a file is no larger than a part there.
+    server = settings_of(rendered).server
+    assert (server.max_upload_bytes > server.max_part_bytes) is haproxy
 
 
 def test_paths_are_mounted(profile_name: str) -> None:
@@ -327,9 +352,14 @@ def test_the_embedded_install_serves_the_model_that_it_prepares(
 
 
 def check_paths(rendered: Rendered) -> None:
-    settings = in_cluster(rendered)["settings"]
+    arguments = in_cluster(rendered)
+    settings = arguments["settings"]
     paths = {settings["data_dir"], settings.get("method", {}).get("calibrator", "")}
     paths.add(settings["policy"].get("path", ""))
+    loaded = load_settings(arguments["profile"], overrides=settings, environ=variables(rendered))
+    blobs = urlsplit(resolve_settings(loaded).blobs.url or "")
+    assert blobs.scheme in ("file", "s3")
+    paths.add(blobs.path if blobs.scheme == "file" else "")
     for name, pod in rendered.ray_pods().items():
         if name == "head":
             continue
@@ -390,13 +420,15 @@ def test_metrics_in_rules_and_dashboard_exist() -> None:
 def test_labels_in_rules_and_dashboard_are_the_metrics() -> None:
     """A label that a metric does not have selects nothing, and says so nowhere."""
     labels = metric_labels()
+    added = set(re.findall(r'(\w+)="', merge_expositions({"gateway-1": "some_total 1"})))
+    assert len(added) == 1
     known = 0
     for text in expressions():
         used = set(re.findall(r'(\w+)(?:=~|!=|=)"', text))
         used |= {name for by in re.findall(r"by \(([^)]*)\)", text) for name in by.split(", ")}
         for metric in set(re.findall(r"mora_[a-z_]+(?=\{)", text)):
             family = re.sub(r"_(total|bucket|count|sum)$", "", metric)
-            assert used <= labels[family] | {"namespace", "service", "replica", "le"}, text
+            assert used <= labels[family] | added | {"namespace", "service", "le"}, text
             known += 1
     assert known > 15
 

@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,8 @@ from mora_serve.config import load_settings
 from tests.chart.charts import ROOT, environment, profile
 
 TEXT = (ROOT / "Dockerfile").read_text("utf-8")
+VALKEY_USER = 999
+"""Of Valkey's own image; its files are that user's."""
 STAGES = dict(
     re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM|\Z)", TEXT, flags=re.MULTILINE | re.DOTALL)
 )
@@ -65,8 +69,20 @@ def test_images_run_as_the_user_that_the_pods_ask_for() -> None:
     assert user is not None
     for target in ("cpu", "gpu"):
         assert f"USER {user[1]}:{user[1]}" in STAGES[target]
-    context = profile("multi-gpu").ray_pods()["head"]["spec"]["securityContext"]
-    assert context["runAsUser"] == int(user[1])
+    rendered = profile("multi-gpu")
+    for pod in (*rendered.ray_pods().values(), rendered.one("Pod")):
+        assert users(pod) == {int(user[1])}
+
+
+def test_the_stores_run_as_the_user_of_their_image() -> None:
+    for store in profile("multi-gpu").all("StatefulSet"):
+        assert users(store["spec"]["template"]) == {VALKEY_USER}
+
+
+def users(pod: Mapping[str, Any]) -> set[int]:
+    """User and groups that a pod runs as."""
+    context = pod["spec"]["securityContext"]
+    return {context[name] for name in ("runAsUser", "runAsGroup", "fsGroup")}
 
 
 def test_the_cpu_image_has_no_build_tools_and_nothing_ships_a_secret() -> None:

@@ -7,9 +7,23 @@ from pathlib import PurePosixPath
 from typing import Any, get_args
 
 import pytest
+from prometheus_client import CollectorRegistry
 
-from mora_serve.types import ScoreStatus
-from tests.chart.charts import CHART, NAMESPACE, environment, everything, options, render, run_helm
+from actors.fake_engine import FakeEngine
+from actors.generator import GeneratorReplica
+from actors.metrics import GeneratorMetrics
+from mora_serve.config import PolicySettings
+from mora_serve.types import Generation, GenerationRequest, Message, Sampling, ScoreStatus
+from tests.chart.charts import (
+    CHART,
+    NAMESPACE,
+    environment,
+    everything,
+    options,
+    profile,
+    render,
+    run_helm,
+)
 from tests.chart.test_drift import expressions
 
 WRITTEN = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "VLLM_CACHE_ROOT")
@@ -130,14 +144,65 @@ def test_the_heads_metrics_carry_the_group_that_its_alert_asks_for() -> None:
     assert sources["ray_io_cluster"] == ["__meta_kubernetes_pod_label_ray_io_cluster"]
 
 
-def test_alerts_on_failures_leave_out_what_the_code_calls_a_success() -> None:
+async def outcome_of_an_answer() -> str:
+    """How a generator counts a prompt that it answers."""
+    registry = CollectorRegistry()
+    engine = FakeEngine(PolicySettings(backend="fake", model="policy"))
+    replica = GeneratorReplica(engine, None, "policy", metrics=GeneratorMetrics(registry))
+    await replica.start()
+    (answer,) = await replica.generate(
+        [GenerationRequest((Message("user", "Hi"),), Sampling(n=1, seed=1))]
+    )
+    assert isinstance(answer, Generation)
+    samples = [sample for family in registry.collect() for sample in family.samples]
+    (outcome,) = {s.labels["outcome"] for s in samples if s.name.endswith("_requests_total")}
+    await replica.stop()
+    return str(outcome)
+
+
+async def test_alerts_on_failures_leave_out_what_the_code_calls_a_success() -> None:
     good = {pair for text in expressions() for pair in re.findall(r'(\w+)!="(\w+)"', text)}
-    assert good == {("outcome", "ok"), ("status", "ok")}
+    assert good == {("outcome", await outcome_of_an_answer()), ("status", "ok")}
     assert "ok" in get_args(ScoreStatus)
     statuses = {code for text in expressions() for code in re.findall(r'status=~"(.+?)"', text)}
     for pattern in statuses:
         assert all(re.fullmatch(pattern, code) for code in ("500", "503"))
         assert not any(re.fullmatch(pattern, code) for code in ("200", "400", "499"))
+
+
+def test_alerts_fire_at_the_share_or_time_that_they_tell() -> None:
+    (group,) = everything().one("PrometheusRule")["spec"]["groups"]
+    told = 0
+    for rule in group["rules"]:
+        expression = rule["expr"].strip()
+        beyond = re.search(r"[<>] ([\d.]+)$", expression)
+        if " / " in expression or "deriv(" in expression:
+            assert beyond is not None
+            assert 0 < float(beyond[1]) < 1, rule["alert"]
+        for number, unit in re.findall(r"(\d+) (%|s)(?!\w)", rule["annotations"]["summary"]):
+            assert beyond is not None
+            assert float(number) == float(beyond[1]) * {"%": 100, "s": 1}[unit], rule["alert"]
+            told += 1
+    assert told == 5
+
+
+def test_probes_leave_time_to_start_and_notice_soon_what_does_not_answer(
+    profile_name: str,
+) -> None:
+    rendered = profile(profile_name)
+    stores = [item["spec"]["template"] for item in rendered.all("StatefulSet")]
+    assert len(stores) == 2
+    for pod in (*rendered.ray_pods().values(), *stores):
+        (container,) = pod["spec"]["containers"]
+        for kind, least_s, most_s in (
+            ("startupProbe", 120, 3600),
+            ("readinessProbe", 5, 30),
+            ("livenessProbe", 30, 300),
+        ):
+            probe = container[kind]
+            assert least_s <= probe["periodSeconds"] * probe.get("failureThreshold", 3) <= most_s
+            assert probe.get("timeoutSeconds", 1) <= probe["periodSeconds"]
+    assert rendered.one("Pod")["spec"]["activeDeadlineSeconds"] >= 120
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import redis
+import yaml
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 from yamllint import linter
@@ -22,6 +24,7 @@ from tests.chart.charts import (
     CHART,
     EVERYTHING,
     HELM_VERSIONS,
+    RELEASE,
     TALLY,
     Rendered,
     everything,
@@ -63,6 +66,23 @@ def test_lint_is_strict_and_clean(helm_version: str, profile_name: str) -> None:
 def test_both_helms_render_the_same(profile_name: str) -> None:
     older, newer = (render(profile_name, version=version) for version in HELM_VERSIONS)
     assert older == newer
+
+
+def test_a_template_holds_one_object() -> None:
+    """Each has something to say in one of two renderings: a route excludes an Ingress."""
+    more = {
+        "workerGroups.generator": {"minReplicas": 2, "pdbMinAvailable": 1},
+        "workerGroups.scorers.pdbMinAvailable": 1,
+        "extraObjects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "more"}}],
+    }
+    route = {"enabled": True, "parentRefs": [{"name": "public"}]}
+    folder, seen = CHART / "templates", set[str]()
+    for values in (EVERYTHING | more, EVERYTHING | more | {"ingress": {}, "httpRoute": route}):
+        text = run_helm("template", RELEASE, str(CHART), *options("default", (), values))
+        sources = re.findall(r"^# Source: mora-serve/templates/(\S+)$", text, re.MULTILINE)
+        assert len(sources) == len(set(sources)) == len(list(yaml.safe_load_all(text)))
+        seen |= set(sources)
+    assert seen == {str(path.relative_to(folder)) for path in folder.rglob("*.yaml")}
 
 
 def test_rendering_is_repeatable(profile_name: str) -> None:
@@ -285,6 +305,8 @@ def test_settings_change_in_place_and_bounds_wait_for_a_new_cluster() -> None:
         {"service.port": 9009},
         {"calibrator.existingConfigMap": "fitted"},
         {"valkey.auth.existingSecret": "another"},
+        {"gcsFaultTolerance.enabled": False},
+        {"gcsFaultTolerance.external": {"existingSecret": "another"}},
         {"head.podAnnotations": {"turn": "2"}},
     ],
     ids=lambda values: next(iter(values)),
@@ -302,6 +324,26 @@ def test_changes_that_replace_the_cluster_are_told(values: dict[str, Any]) -> No
 def test_a_services_type_is_no_part_of_what_replaces_the_cluster() -> None:
     changed = render("default", "service.type=NodePort").ray_service["spec"]
     assert _hashed(changed) == _hashed(render().ray_service["spec"])
+
+
+@pytest.mark.parametrize(
+    ("value", "restarted"),
+    [
+        ("valkey.image.tag=8.2", {"valkey", "gcs-valkey"}),
+        ("valkey.podSecurityContext.fsGroup=1", {"valkey", "gcs-valkey"}),
+        ("valkey.resources.limits.cpu=3", {"valkey"}),
+        ("gcsFaultTolerance.resources.limits.cpu=3", {"gcs-valkey"}),
+        ("gcsFaultTolerance.external.address=redis://other:6379", {"gcs-valkey"}),
+    ],
+)
+def test_changes_reach_the_stores_that_the_guide_says(value: str, restarted: set[str]) -> None:
+    stores = (
+        {item["metadata"]["name"]: item["spec"] for item in rendered.all("StatefulSet")}
+        for rendered in (render(), render("default", value))
+    )
+    before, after = stores
+    changed = {name for name in before if before[name] != after.get(name)}
+    assert changed == {f"mora-mora-serve-{name}" for name in restarted}
 
 
 def _hashed(spec: dict[str, Any]) -> Any:
@@ -326,8 +368,16 @@ def test_data_outlives_the_release() -> None:
 
 def test_the_tests_pod_is_there_for_its_logs_and_is_placed_by_its_own_values() -> None:
     placed = {"nodeSelector": {"pool": "cpu"}, "tolerations": [{"operator": "Exists"}]}
-    pod = render(values={f"test.{key}": value for key, value in placed.items()}).one("Pod")
-    assert pod["metadata"]["annotations"]["helm.sh/hook-delete-policy"] == "before-hook-creation"
+    rendered = render(values={f"test.{key}": value for key, value in placed.items()})
+    pod = rendered.one("Pod")
+    assert pod["metadata"]["annotations"] == {
+        "helm.sh/hook": "test",
+        "helm.sh/hook-delete-policy": "before-hook-creation",
+    }
+    hooks = [
+        i for i in rendered.documents if "helm.sh/hook" in i["metadata"].get("annotations", ())
+    ]
+    assert hooks == [pod]
     assert placed.items() <= pod["spec"].items()
 
 
@@ -361,7 +411,7 @@ def test_the_stores_start_append_never_evict_and_stop_in_order(
     command = "valkey-server /run/valkey/valkey.conf"
     script = script.replace(command, f"{find_redis_binary()} {tmp_path}/valkey.conf --port {port}")
     script = script.replace("/run/valkey", str(tmp_path)).replace("dir /data", f"dir {tmp_path}")
-    env = {"PATH": os.environ["PATH"], **({"VALKEY_PASSWORD": secret} if secret else {})}
+    env = {"PATH": os.environ["PATH"], **container_environment(container, secret)}
     with subprocess.Popen([*shell, script], env=env, stdout=subprocess.DEVNULL) as running:
         try:
             client = redis.Redis(port=port, password=secret, retry=Retry(ConstantBackoff(0.1), 50))
@@ -376,10 +426,32 @@ def test_the_stores_start_append_never_evict_and_stop_in_order(
             for name, value in expected.items():
                 assert client.config_get(name) == {name: value}
             assert (tmp_path / "valkey.conf").stat().st_mode & 0o077 == 0
+            for kind in ("startupProbe", "readinessProbe"):
+                assert answers(container[kind], port, env)
+                assert answers(container[kind], port, {"PATH": env["PATH"]}) is (secret is None)
             running.terminate()
             assert running.wait(20) == 0
+            assert not answers(container["readinessProbe"], port, env)
         finally:
             running.kill()
+
+
+def container_environment(container: dict[str, Any], secret: str | None) -> dict[str, str]:
+    """Variables as Kubernetes sets them where every Secret holds ``secret``."""
+    given: dict[str, str] = {}
+    for item in container["env"]:
+        text = item.get("value", secret)
+        for name, value in given.items():
+            text = text.replace(f"$({name})", value)
+        given[item["name"]] = text
+    return given
+
+
+def answers(probe: dict[str, Any], port: int, env: dict[str, str]) -> bool:
+    """Whether a store's probe succeeds, asked of the server at ``port``."""
+    cli = find_redis_binary().with_name("redis-cli")
+    words = [word.replace("valkey-cli", f"{cli} -p {port}") for word in probe["exec"]["command"]]
+    return subprocess.run(words, env=env, stderr=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def _bytes(quantity: str) -> float:
