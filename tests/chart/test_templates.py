@@ -77,7 +77,8 @@ def test_a_template_holds_one_object() -> None:
     }
     route = {"enabled": True, "parentRefs": [{"name": "public"}]}
     folder, seen = CHART / "templates", set[str]()
-    for values in (EVERYTHING | more, EVERYTHING | more | {"ingress": {}, "httpRoute": route}):
+    everything = {**EVERYTHING, **more}
+    for values in (everything, {**everything, "ingress": {}, "httpRoute": route}):
         text = run_helm("template", RELEASE, str(CHART), *options("default", (), values))
         sources = re.findall(r"^# Source: mora-serve/templates/(\S+)$", text, re.MULTILINE)
         assert len(sources) == len(set(sources)) == len(list(yaml.safe_load_all(text)))
