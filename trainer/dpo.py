@@ -229,7 +229,12 @@ class StreamingDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(
-            self.train_dataset, batch_size=self.args.train_batch_size, collate_fn=self._collate
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            collate_fn=self._collate,
+            # Iterating draws a seed for workers, after a resumed run has restored its random state:
+            # from the global generator, dropout would go on with other numbers than before.
+            generator=torch.Generator(),
         )
 
     def get_batch_samples(self, *args: Any, **options: Any) -> Any:
