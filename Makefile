@@ -95,7 +95,7 @@ chart-schema: setup  ## Write helm/values.schema.json anew from the settings
 	@PYTHONPATH=. $(PY) scripts/chart_schema.py
 
 .PHONY: helm-mutants
-helm-mutants: setup  ## Do the chart's tests notice mistakes? One run per mutant, ten minutes
+helm-mutants: setup  ## Do the chart's tests notice mistakes? One run per mutant, half an hour
 	$(PY) -m tests.chart.mutants
 
 .PHONY: image-check
