@@ -31,6 +31,10 @@ TITLES: Mapping[str, str] = {
 """How the titles of the processes begin that can be killed."""
 KINDS = ("generator", "scorer", "runner", "gateway", "controller", "redis")
 """Those of every stack; an ``engine`` is a generator's child, where vLLM is the backend."""
+SPAWNED = "--multiprocessing-fork"
+"""The last argument of an engine's process that could not set its title: setproctitle changes
+nothing when the first variable of the environment was set anew before it, and the order in which
+Ray gives a worker its variables differs from run to run. Nothing else below us is spawned so."""
 GONE_TIMEOUT_S = 10.0
 BACK_TIMEOUT_S = 120.0
 POLL_S = 0.1
@@ -76,10 +80,15 @@ def find(root: int, kind: str) -> dict[int, float]:
     found: dict[int, float] = {}
     for process in psutil.Process(root).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            title = (process.cmdline() or [""])[0].rpartition("/")[2]
-            if title.startswith(TITLES[kind]) and process.status() != psutil.STATUS_ZOMBIE:
+            command = process.cmdline()
+            if _is_kind(kind, command) and process.status() != psutil.STATUS_ZOMBIE:
                 found[process.pid] = process.create_time()
     return found
+
+
+def _is_kind(kind: str, command: list[str]) -> bool:
+    title = (command or [""])[0].rpartition("/")[2]
+    return title.startswith(TITLES[kind]) or (kind == "engine" and SPAWNED in command)
 
 
 class Killer(threading.Thread):

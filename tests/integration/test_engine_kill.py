@@ -69,7 +69,7 @@ async def test_rows_survive_the_engine_they_were_in(
     batch_id = await submit(stores, lines)
     async with running(runner, timeout_s=300.0):
         await some_done(stores, batch_id)
-        killed = await engine()
+        (killed,) = kills.find(os.getpid(), "engine")
         os.kill(killed, signal.SIGKILL)
         batch = await ended(stores, batch_id)
     assert batch["request_counts"] == {"total": NUM_ROWS, "completed": NUM_ROWS, "failed": 0}
@@ -79,14 +79,6 @@ async def test_rows_survive_the_engine_they_were_in(
     assert [pair["seq"] for pair in await all_pairs(stores, batch_id)] == list(range(promised))
     assert killed not in kills.find(os.getpid(), "engine")
     await stores.aclose()
-
-
-async def engine() -> int:
-    """The pid of the engine; looking over all processes can miss one that is there."""
-    while not (found := kills.find(os.getpid(), "engine")):
-        await asyncio.sleep(0.05)
-    (pid,) = found
-    return pid
 
 
 async def some_done(stores: Stores, batch_id: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
@@ -62,3 +65,37 @@ def test_a_victim_is_really_killed_and_its_replacement_is_seen(
         for pid in kills.find(family.pid, "child"):
             psutil.Process(pid).kill()
         family.wait()
+
+
+SPAWNING = """
+import multiprocessing, os, pathlib, sys, time
+import setproctitle
+
+def engine():
+    os.environ[next(iter(os.environ))] += "!"
+    setproctitle.setproctitle("VLLM::EngineCore")
+    pathlib.Path(sys.argv[1]).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=engine).start()
+"""
+
+
+def test_an_engine_is_found_whose_title_could_not_be_set(tmp_path: Path) -> None:
+    """Its environment begins with a variable that it set before its title."""
+    script = tmp_path / "spawning.py"
+    script.write_text(SPAWNING)
+    tried = tmp_path / "tried"
+    parent = subprocess.Popen([sys.executable, script, tried], env={"FIRST": "1", **os.environ})
+    try:
+        deadline = time.monotonic() + 60
+        while not tried.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (pid,) = kills.find(parent.pid, "engine")
+        assert "VLLM::EngineCore" not in psutil.Process(pid).cmdline()
+    finally:
+        for process in psutil.Process(parent.pid).children(recursive=True):
+            process.kill()
+        parent.kill()
+        parent.wait()
