@@ -13,7 +13,6 @@ import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import psutil
 import pytest
 import pytest_asyncio
 import torch
@@ -24,6 +23,7 @@ from actors.generator import PolicyVersion
 from actors.merge import merge_adapter
 from actors.prepare_model import prepare
 from actors.vllm_engine import VllmGenerator
+from benchmarks import kills
 from mora_serve.config import load_settings
 from mora_serve.errors import GenerationError
 from mora_serve.types import Failure, Generation, GenerationRequest, Message, Sampling
@@ -279,9 +279,8 @@ async def test_a_killed_engine_is_an_error_and_unhealthy(engine: VllmGenerator) 
     async with asyncio.timeout(60):
         while engine.num_unfinished() < 4:
             await asyncio.sleep(0.01)
-    children = psutil.Process().children(recursive=True)
-    core = next(child for child in children if "EngineCore" in " ".join(child.cmdline()))
-    os.kill(core.pid, signal.SIGKILL)
+    (pid,) = kills.find(os.getpid(), "engine")
+    os.kill(pid, signal.SIGKILL)
     with pytest.raises(GenerationError):
         await call
     with pytest.raises(GenerationError):

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import pytest_asyncio
 import torch
@@ -26,6 +25,7 @@ from actors.scoring.parity import certify
 from actors.scoring.scorer import ModelScorer
 from actors.scoring.stats import ScoringStats
 from actors.vllm_pooling import VllmScoringEngine
+from benchmarks import kills
 from mora_serve.errors import ConfigError, InvalidRequestError, ScoringError
 from mora_serve.scorer_settings import ScorerSettings
 from tests.contract.scorer_contract import SCORER_CHECKS, ScorerCheck
@@ -269,9 +269,8 @@ async def test_models_that_are_not_what_is_asked_for_are_refused_before_anything
 
 async def test_a_killed_engine_is_an_error_and_unhealthy(judge: VllmScoringEngine) -> None:
     await judge.check_health()
-    for child in psutil.Process().children(recursive=True):
-        if "EngineCore" in " ".join(child.cmdline()):
-            os.kill(child.pid, signal.SIGKILL)
+    for pid in kills.find(os.getpid(), "engine"):
+        os.kill(pid, signal.SIGKILL)
     with pytest.raises(ScoringError):
         await judge.run(packs(5))
     with pytest.raises(ScoringError):
