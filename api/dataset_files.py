@@ -76,14 +76,18 @@ def group_schema(dimensions: Sequence[str]) -> Any:
 
 
 def write_parquet(kind: str, rows: Path, out: Path) -> None:
-    """JSON lines to Parquet, a row group at a time. The first row names the dimensions."""
+    """JSON lines to Parquet, a row group at a time.
+
+    Rows may be scored on different dimensions; where one has none of another's, it is null.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     lines = _rows(rows)
-    first = next(_rows(rows))
-    scored = first["rewards" if kind == "groups" else "chosen_scores"]
-    schema = (group_schema if kind == "groups" else pair_schema)(list(scored))
+    column = "rewards" if kind == "groups" else "chosen_scores"
+    # Arrow leaves out keys that its schema does not have, without a word.
+    dimensions = list(dict.fromkeys(name for row in _rows(rows) for name in row[column]))
+    schema = (group_schema if kind == "groups" else pair_schema)(dimensions)
     with pq.ParquetWriter(out, schema) as writer:
         while piece := list(islice(lines, ROWS_PER_GROUP)):
             made = [_pair_row(row) for row in piece] if kind == "pairs" else piece

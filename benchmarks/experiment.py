@@ -132,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="only these")
     parser.add_argument("--batches-from", type=Path, help="--out of a run with the same batches")
     parser.add_argument("--again", nargs="+", choices=BATCHES, default=(), help="but sample these")
-    parser.add_argument("--screen", type=int, help="train on those of this many that are single")
+    parser.add_argument(
+        "--screen", type=int, help="train on those of this many, times --scale, that are single"
+    )
     parser.add_argument("--order", nargs="+", help="dimensions in the order of their stages")
     parser.add_argument("--n-eval", type=int, default=4, help="held-out answers per prompt")
     parser.add_argument("--beta", type=float, default=0.1)
@@ -154,13 +156,17 @@ def make_design(args: argparse.Namespace) -> Design:
     else:
         prompts = _spread(_of_split(args.prompts, {"train"}))
         held_out = _spread(_of_split(args.held_out, {"test", "held-out", "validation"}))
-    num_prompts, num_held_out = (
-        max(1, round(number * args.scale)) for number in (NUM_PROMPTS, NUM_HELD_OUT)
+    num_prompts, num_held_out, num_screened = (
+        max(1, round(number * args.scale))
+        for number in (NUM_PROMPTS, NUM_HELD_OUT, args.screen or NUM_PROMPTS)
     )
-    if args.prompts is not None:
-        _require_enough("--prompts", len(prompts), args.screen or num_prompts)
-        _require_enough("--held-out", len(held_out), num_held_out)
-    prompts = prompts[: args.screen or num_prompts]
+    if args.prompts is not None and len(prompts) < num_screened:
+        raise MoraError(
+            f"--prompts must hold {num_screened} prompts at this --scale, got {len(prompts)}"
+        )
+    if len(held_out) < num_held_out:
+        _note(f"held out are all {len(held_out)} prompts there are, not {num_held_out}")
+    prompts = prompts[:num_screened]
     held_out = held_out[:num_held_out]
     both = {content_hash(prompt) for prompt in prompts} & {content_hash(p) for p in held_out}
     if both:
@@ -182,11 +188,6 @@ def make_design(args: argparse.Namespace) -> Design:
     )
 
 
-def _require_enough(option: str, given: int, wanted: int) -> None:
-    if given < wanted:
-        raise MoraError(f"{option} must hold {wanted} prompts at this --scale, got {given}")
-
-
 def open_cells(args: argparse.Namespace, design: Design, tried: Mapping[str, Any]) -> Cells:
     """The cells of this design; seeds and arms have their own, so that more can be added."""
     configuration = {**json.loads(json.dumps(asdict(design))), "profile": args.profile}
@@ -204,7 +205,9 @@ def adopt_batches(cells: Cells, other: Path, again: Collection[str] = ()) -> Non
 
     Raises :class:`MoraError` when the other run differs in more than that lets it differ.
     """
-    kinds = [kind for kind in (*BATCHES, "more") if kind not in again]
+    # `more` draws as many rollouts as `mora` did.
+    stale = {*again, *(["more"] if "mora" in again else [])}
+    kinds = [kind for kind in (*BATCHES, "more") if kind not in stale]
     differing = {*TRAINING, "config"} if again else TRAINING
     cells.adopt(other, [SCREENING, *(BATCH_CELLS.format(kind=kind) for kind in kinds)], differing)
 

@@ -104,10 +104,16 @@ class DivergenceMeter:
         return estimate(self.reference, places, found, Bootstrap(seed))
 
     def _directory(self, version: str) -> str:
-        """Where a version's weights are: fetched from its job; without a job it is the base."""
+        """Where a version's weights are: fetched from its job, unless it is the base."""
         if version not in self._directories:
             job = self._job_of(version)
             if job is None:
+                base = self._client.get("/v1/models")["data"][0]["base"]
+                if version != base:
+                    raise MoraError(
+                        f"KL needs a version whose job hands out its weights, or {base}, got "
+                        f"{version}; leave out --base-model"
+                    )
                 self._directories[version] = BASE
             else:
                 target = self._scratch / f"weights-{len(self._directories)}"

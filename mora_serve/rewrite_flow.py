@@ -129,14 +129,20 @@ class RewriteFlow:
 
     def _should_rewrite(self, original: Diagnostic) -> bool:
         label = original.prompt_class or UNKNOWN
-        return label.startswith("single:") or (label == FLAT and self._method.rewrite_flat)
+        if label == FLAT:
+            return self._method.rewrite_flat
+        # The single reward may be all that is asked for: then there is nothing to open.
+        return label.startswith("single:") and bool(self._missing(original))
+
+    def _missing(self, original: Diagnostic) -> tuple[Dimension, ...]:
+        reached = _reachable(original)
+        return tuple(k for k in self._plan.dimensions if k not in reached)
 
     async def _propose(self, prompt: Messages, original: Diagnostic, stream: str) -> list[_Trial]:
-        reached = _reachable(original)
         context = RewriteContext(
             prompt=prompt,
-            present=reached,
-            missing=tuple(k for k in self._plan.dimensions if k not in reached),
+            present=_reachable(original),
+            missing=self._missing(original),
             seed=derive_seed(self._plan.seed, f"{stream}/propose")
             or int(content_hash([original.prompt_id])[:8], 16),
         )

@@ -31,7 +31,7 @@ from trainer.feeds import StoreSession
 from trainer.job import TERMINAL, TrainingJob, read_job
 from trainer.loop import train_worker
 from trainer.publish import finish, publish
-from trainer.stages import StagedRun, no_pairs, train_on
+from trainer.stages import StagedRun, await_batch, no_pairs, train_on
 from trainer.tiny_model import ensure_tiny_model
 
 logger = logging.getLogger("trainer")
@@ -82,9 +82,9 @@ def train_and_publish(session: StoreSession, settings: Settings, job: TrainingJo
     def train(run: TrainingJob) -> Path | None:
         return fit(settings, run, resolve_model(session, settings, run))
 
-    stores, data_dir = session.stores, settings.data_dir.absolute()
+    stores = session.stores
     if job.resample:
-        staged = StagedRun(session, job, settings.policy.model, train, data_dir)
+        staged = StagedRun(session, job, settings, train)
         last, trained_tokens = staged.run()
         if not staged.is_over():
             session.call(finish(stores, last, trained_tokens=trained_tokens))
@@ -94,7 +94,9 @@ def train_and_publish(session: StoreSession, settings: Settings, job: TrainingJo
         return
     if checkpoint is None:
         raise no_pairs()
-    session.call(publish(stores, job, checkpoint, data_dir=data_dir))
+    if job.reads_stream and job.make_current:
+        await_batch(session, job)
+    session.call(publish(stores, job, checkpoint, data_dir=settings.data_dir.absolute()))
 
 
 def fit(settings: Settings, job: TrainingJob, model: Mapping[str, str | None]) -> Path | None:

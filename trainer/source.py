@@ -68,7 +68,8 @@ class SourceCounts:
     rows: int = 0
     """Rows this rank handed out."""
     skipped: int = 0
-    """Rows that the filter refused, for example because the prompt fills the context."""
+    """Rows that the filter refused, for example because the prompt fills the context; in the first
+    epoch, so that each counts once."""
     left_over: int = 0
     """Rows at the ends of passes that did not fill a group of ``world_size``."""
     waited_s: float = 0.0
@@ -132,7 +133,7 @@ class PairSource:
                 if stage is not None and row.get("stage") != stage:
                     continue
                 if not self.accept(row):
-                    self.counts.skipped += 1
+                    self.counts.skipped += number % self.num_epochs == 0
                     continue
                 group.append(row)
                 if len(group) == self.world_size:

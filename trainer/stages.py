@@ -21,7 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mora_serve.errors import InvalidRequestError, OverloadedError
+from mora_serve.config import Settings
+from mora_serve.errors import InvalidRequestError, NotFoundError, OverloadedError
 from mora_serve.identity import content_hash
 from mora_serve.policies import LEFT_OUT, RUNNING, SUCCEEDED, activate, cancel_stage_batches
 from mora_serve.requests import REWRITES_URL
@@ -31,30 +32,30 @@ from trainer.publish import publish_version
 from trainer.run_state import RunState
 
 BATCH_OVER = frozenset({"completed", "failed", "expired", "cancelled"})
+BATCH_POLL_S = 1.0
 Train = Callable[[TrainingJob], Path | None]
 """Runs DPO to its end and returns the last checkpoint; ``None`` when there was no pair."""
 
 
 class StagedRun:
-    """The stages of one job. ``base`` is the model that is served without being published, and
-    ``data_dir`` (absolute) is where versions go that the blob store cannot show as directories."""
+    """The stages of one job."""
 
     def __init__(
         self,
         session: StoreSession,
         job: TrainingJob,
-        base: str,
+        settings: Settings,
         train: Train,
-        data_dir: Path,
         *,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         self._session = session
         self._stores = session.stores
         self._job = job
-        self._base = base
+        self._base = settings.policy.model
+        self._dimensions = settings.dimensions
         self._train = train
-        self._data_dir = data_dir
+        self._data_dir = settings.data_dir.absolute()
         self._wait = wait
 
     def run(self) -> tuple[TrainingJob, int]:
@@ -153,8 +154,10 @@ class StagedRun:
             defaults = (await batches.batch_options(source)).get("defaults") or {}
             source = (await batches.get_batch(source))["input_file_id"]
         await batches.get_file(source)
-        # The dimensions' order is that of the stages: a stage protects those before it.
-        fixed = {"model": model, "mode": "sequential", "dimensions": list(self._job.stages)}
+        # Their order is that of the stages, since a stage protects those before it; the others
+        # follow: classes and rewrites are those of the whole method, whatever is aligned.
+        dimensions = list(dict.fromkeys((*self._job.stages, *self._dimensions)))
+        fixed = {"model": model, "mode": "sequential", "dimensions": dimensions}
         batch = {
             "endpoint": REWRITES_URL, "input_file_id": source, "model": model,
             "metadata": {"fine_tuning_job_id": self._job.id, "stage": str(number)},
@@ -228,11 +231,40 @@ def train_on(session: StoreSession, run: TrainingJob, train: Train) -> Path | No
         session.call(pairs.unregister_reader(run.training_file, run.id))
 
 
+def await_batch(
+    session: StoreSession, job: TrainingJob, wait: Callable[[float], None] = time.sleep
+) -> None:
+    """Return when the batch that a job was trained on is over, or the job is.
+
+    Its rows may name the version that they are sampled from, and an engine that holds one version
+    could not go on with them once another is current.
+    """
+    stores = session.stores
+    is_told = False
+    while True:
+        try:
+            batch = session.call(stores.batches.get_batch(job.training_file))
+        except NotFoundError:
+            return
+        stored = session.call(stores.jobs.get_job(job.id))
+        if batch["status"] in BATCH_OVER or stored["status"] in TERMINAL:
+            return
+        if not is_told:
+            is_told = True
+            event = {
+                "id": f"ftevent-{job.run_name}-waits",
+                "message": f"Trained; the version is published when batch {job.training_file} "
+                "is over, whose rows are sampled from one version",
+            }
+            session.call(stores.jobs.add_event(job.id, event))
+        wait(BATCH_POLL_S)
+
+
 def no_pairs() -> InvalidRequestError:
-    """The error of a job without data."""
+    """The error of a job without data for a single row of each worker."""
     return InvalidRequestError(
-        "training_file must yield at least one pair that fits max_length and the chat template, "
-        "got none",
+        "training_file must yield at least one pair for each training worker "
+        "(trainer.num_workers) that fits max_length and the chat template, got fewer",
         "training_file",
         "no_pairs",
     )

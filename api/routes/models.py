@@ -46,7 +46,7 @@ async def activate_model(model: str, deps: DepsArg) -> Response:
         version = await activate(deps.stores.jobs, model, deps.settings.policy.model)
     except NotFoundError:
         raise unknown_model(model) from None
-    return Json(_model(model, version, current=True))
+    return Json(_model(deps, model, version, current=True))
 
 
 def unknown_model(name: str) -> NotFoundError:
@@ -62,10 +62,13 @@ async def model_objects(deps: Deps, wanted: str | None = None) -> list[dict[str,
     """OpenAI's Model objects; extensions say what kind of version each is and whence it came."""
     names = await deps.generator.models(wanted)
     known = {version["id"]: version for version in await deps.stores.jobs.list_policies()}
-    return [_model(name, known.get(name, {}), index == 0) for index, name in enumerate(names)]
+    return [
+        _model(deps, name, known.get(name, {}), current=index == 0)
+        for index, name in enumerate(names)
+    ]
 
 
-def _model(name: str, version: dict[str, Any], current: bool) -> dict[str, Any]:
+def _model(deps: Deps, name: str, version: dict[str, Any], *, current: bool) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
@@ -73,6 +76,7 @@ def _model(name: str, version: dict[str, Any], current: bool) -> dict[str, Any]:
         "owned_by": "mora-serve",
         "current": current,
         "kind": version.get("kind") or "base",
+        "base": deps.settings.policy.model,
         "parent": version.get("parent"),
         "job_id": version.get("job_id"),
     }

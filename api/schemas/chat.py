@@ -75,6 +75,8 @@ class Model(Wire):
     current: bool
     """Whether requests without a model sample it."""
     kind: str
+    base: str
+    """The version that no job made: what is served before anything was published."""
     parent: str | None
     job_id: str | None
 

@@ -172,6 +172,22 @@ async def test_rewrites_measure_candidates_and_return_pairs(
     assert accepted > 0
 
 
+async def test_a_rewrite_for_the_one_reward_that_a_prompt_reaches_has_nothing_to_open(
+    client: httpx.AsyncClient,
+) -> None:
+    classes = set()
+    for number in range(12):
+        body = {"prompt": f"subject {number}", "dimensions": ["harmless"], "seed": number}
+        response = await client.post("/v1/rewrites", json=body)
+        assert response.status_code == 200, response.text
+        found = response.json()
+        assert found["candidates"] == []
+        classes.add(found["original"]["class"])
+        if found["original"]["class"] == "single:harmless":
+            assert found["pairs"] or found["no_pairs"]
+    assert "single:harmless" in classes
+
+
 async def test_full_gateway_refuses_before_any_work_is_queued() -> None:
     generator = WaitingGenerator()
     settings = make_settings(server={"max_in_flight_prompts": 2})

@@ -261,8 +261,13 @@ def test_held_out_prompts_are_never_trained_on(tmp_path: Path) -> None:
     assert len(set(found.prompts)) == 12
     assert all(prompt.startswith("train") for prompt in found.prompts)
     assert all(prompt.startswith("test") for prompt in found.held_out)
-    screened = design_of("--scale", "0.5", "--screen", "19")
+    screened = design_of("--scale", "0.5", "--screen", "38")
     assert (len(screened.prompts), screened.num_single) == (19, 12)
+    larger = ("--prompts", str(path), "--held-out", str(path), "--scale", "2", "--screen")
+    design = design_of(*larger, "25")
+    assert (len(design.prompts), design.num_single, len(design.held_out)) == (50, 48, 50)
+    with pytest.raises(MoraError, match="--prompts must hold 52 prompts at this --scale, got 50"):
+        design_of(*larger, "26")
     own = design_of()
     assert not set(own.prompts) & set(own.held_out)
 
@@ -338,6 +343,7 @@ def test_batches_of_other_settings_are_taken_but_for_those_to_be_sampled_again(
     assert cells.has("seed-0/batch-plain")
     assert not cells.has("seed-0/batch-mora")
     assert not cells.has("seed-0/batch-mora-file")
+    assert not cells.has("seed-0/batch-more"), "it draws as many rollouts as mora's does now"
 
 
 def test_shares_add_up_and_pairs_are_drawn_alike_for_a_seed() -> None:

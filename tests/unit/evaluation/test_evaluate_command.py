@@ -216,7 +216,13 @@ def test_kl_reads_the_answers_again_in_the_conversation_that_the_server_sampled(
         Path(command[command.index("--out") + 1]).write_text("\n".join(lines) + "\n")
 
     with fake_service(policy={"system_prompt": "Be brief."}) as service:
-        service.publish("policy-1")
+        service.publish("policy-1", make_current=True)
+        weights = {"id": "file-1", "filename": "adapter.bin", "bytes": 3, "purpose": "x"}
+        service.call(service.stores.blobs.put("files/1", b"abc"))
+        service.call(service.stores.batches.put_file(weights, "files/1"))
+        job: dict[str, Any] = {"id": "ftjob-1", "status": "succeeded", "model": "base"}
+        job |= {"fine_tuned_model": "policy-1", "result_files": ["file-1"]}
+        service.call(service.stores.jobs.create_job(job))
         client, base = Client(service.url), service.settings.policy.model
         drawn = draw(client, "policy-1", PROMPTS[:3], SamplingPlan(n=2))
         settings = DivergenceSettings(tmp_path, 0.7)
@@ -226,7 +232,11 @@ def test_kl_reads_the_answers_again_in_the_conversation_that_the_server_sampled(
     assert found.per_token.value == pytest.approx(0.25)
     assert found.per_answer.value == pytest.approx(1.0)
     assert found.per_answer_k1.value == pytest.approx(0.5)
-    assert commands[0][commands[0].index("--temperature") + 1] == "0.7"
+    (command,) = commands
+    options = dict(zip(command[3::2], command[4::2], strict=True))
+    assert options["--temperature"] == "0.7"
+    assert options["--reference"] == "base"
+    assert (Path(options["--policy"]) / "adapter.bin").read_bytes() == b"abc"
     first = json.loads((tmp_path / "kl-answers.jsonl").read_text().splitlines()[0])
     assert first["prompt"] == [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPTS[0]}
@@ -247,6 +257,13 @@ def test_kl_of_a_version_whose_weights_no_job_hands_out_is_refused_before_sampli
         arguments = ("--policy", "policy-9-stage-1", "--base-model", str(model))
         with pytest.raises(MoraError, match="earlier stage of ftjob-9"):
             evaluate(service, prompts, tmp_path / "out", *arguments, "--temperature", "1")
+        arguments = ("--policy", service.settings.policy.model, "--base-model", str(model))
+        for reference in ("policy-typo", "base"):
+            with pytest.raises(MoraError, match=f"got {reference}; leave out --base-model"):
+                evaluate(
+                    service, prompts, tmp_path / "out", *arguments, "--temperature", "1",
+                    "--reference", reference,
+                )  # fmt: skip
     assert not list((tmp_path / "out").glob("answers-*"))
 
 

@@ -152,6 +152,23 @@ def test_the_card_states_configuration_revisions_and_counts_and_no_licence(
 
 
 @pytest.mark.slow
+def test_rows_that_were_scored_on_different_dimensions_keep_all_they_have(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    def pair(seq: int, *names: str) -> dict[str, Any]:
+        scores = {name: {"value": 1.5, "raw": 3.0} for name in names}
+        return {"seq": seq, "chosen_scores": scores, "rejected_scores": scores}
+
+    rows = tmp_path / "rows.jsonl"
+    lines = [pair(0, "helpful"), pair(1, "harmless", "helpful")]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    dataset_files.write_parquet("pairs", rows, tmp_path / "pairs.parquet")
+    found = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
+    assert [row["chosen_scores"]["harmless"] for row in found] == [
+        None, {"value": 1.5, "raw": 3.0}
+    ]  # fmt: skip
+
+
 def test_plain_trl_trains_on_the_pairs(exported: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mora_serve.config import TrainerSettings
+from mora_serve.config import TrainerSettings, load_settings
 from mora_serve.errors import InvalidRequestError
 from mora_serve.policies import activate, cancel_stage_batches
 from mora_serve.ports import RowCommit
@@ -20,7 +20,7 @@ from trainer.job import TrainingJob, read_job
 from trainer.publish import finish
 from trainer.run_state import RunState
 from trainer.source import Position
-from trainer.stages import StagedRun
+from trainer.stages import StagedRun, await_batch
 
 STAGES = ("harmless", "helpful", "truthful")
 STORED = {
@@ -140,7 +140,9 @@ def run(stores: Stores, trainer: Trainer, job: TrainingJob = JOB) -> dict[str, A
         blobs=Mortal(stores.blobs, trainer.life),  # type: ignore[arg-type]
     )
     with StoreSession(mortal) as session:
-        staged = StagedRun(session, job, "base", trainer, trainer.folder / "data")
+        overrides = {"policy": {"model": "base"}, "data_dir": str(trainer.folder / "data")}
+        settings = load_settings("fake", environ={}, overrides=overrides)
+        staged = StagedRun(session, job, settings, trainer)
         last, tokens = staged.run()
         if not staged.is_over():
             session.call(finish(mortal, last, trained_tokens=tokens))
@@ -221,6 +223,16 @@ def test_a_stages_batch_fixes_version_mode_and_order_over_the_sources_defaults(
     assert options["fixed"] == {
         "model": "policy-9-stage-1", "mode": "sequential", "dimensions": list(STAGES),
     }  # fmt: skip
+
+
+def test_a_stages_batch_is_diagnosed_on_every_dimension_those_of_the_stages_first(
+    stores: Stores, tmp_path: Path
+) -> None:
+    trainer = Trainer(stores, tmp_path)
+    run(stores, trainer, replace(JOB, stages=("truthful",)))
+    with StoreSession(stores) as session:
+        options = session.call(stores.batches.batch_options(trainer.runs[0].training_file))
+    assert options["fixed"]["dimensions"] == ["truthful", "helpful", "harmless"]
 
 
 def lives() -> Iterator[int]:
@@ -338,3 +350,32 @@ def test_a_job_that_is_cancelled_between_any_two_steps_leaves_no_batch_at_work(
         assert not working, f"cancelled after {left} effects"
         assert len(left_behind["batches"]) <= len(trainer.runs) + 1
     raise AssertionError("the run has more steps than were tried")
+
+
+@pytest.mark.parametrize("end", ["batch", "job"])
+def test_a_version_waits_until_its_batch_is_over_or_the_job_is(stores: Stores, end: str) -> None:
+    """Rows that name a version could not go on once an engine of one version holds another."""
+    waited: list[float] = []
+
+    async def stream() -> str:
+        batch = {"endpoint": "/v1/rewrites", "input_file_id": "file-prompts"}
+        return str((await stores.batches.create_batch(batch, {}, None, "hash"))["id"])
+
+    with StoreSession(stores) as session:
+        job = replace(JOB, training_file=session.call(stream()))
+
+        def wait(seconds: float) -> None:
+            waited.append(seconds)
+            if len(waited) < 3:
+                return
+            if end == "job":
+                session.call(stores.jobs.update_job(JOB.id, status="cancelled"))
+            else:
+                session.call(complete(stores, job.training_file))
+
+        await_batch(session, job, wait)
+        assert len(waited) == 3
+        told, _ = session.call(stores.jobs.list_events(JOB.id, after=None, limit=9))
+        assert [event["message"].split(";")[0] for event in told] == ["Trained"]
+        await_batch(session, job, wait)
+        assert len(waited) == 3

@@ -193,6 +193,15 @@ def test_refused_rows_are_skipped_alike_on_every_rank() -> None:
     assert seqs(source(1)) == [2, 5, 7, 9]
 
 
+def test_a_refused_row_counts_once_however_often_it_comes() -> None:
+    stages = ("helpful", "harmless")
+    feed = ListFeed([pair(i, stages[i % 2]) for i in range(6)])
+    for names in ((), stages):
+        source = PairSource(feed, num_epochs=3, stages=names, accept=lambda row: row["seq"] > 1)
+        assert len(seqs(source)) == 12
+        assert source.counts.skipped == 2
+
+
 def test_rank_outside_of_the_world_is_refused() -> None:
     with pytest.raises(ValueError, match="rank"):
         PairSource(ListFeed([]), rank=2, world_size=2)
