@@ -104,6 +104,7 @@ def _deployment(
     options: dict[str, Any] = {
         "name": name,
         "max_ongoing_requests": replica.max_ongoing_requests,
+        "max_surge_percent": replica.max_surge_percent,
         "health_check_period_s": replica.health_check_period_s,
         "health_check_timeout_s": replica.health_check_timeout_s,
         "graceful_shutdown_timeout_s": replica.graceful_shutdown_timeout_s,

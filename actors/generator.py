@@ -186,15 +186,22 @@ class GeneratorReplica:
             logger.warning("policy versions could not be read: %s", error)
             return
         versions = self._versions(listed)
-        if current not in {version.id for version in versions}:
-            logger.error("current policy %s is not listed; keeping the served one", current)
+        try:
+            if current not in {version.id for version in versions}:
+                logger.error("current policy %s is not listed; keeping the served one", current)
+            elif (current, versions) != self._seen:
+                await self._engine.publish(versions, current)
+                self._seen = (current, versions)
+                logger.info("serving %d policy versions, current %s", len(versions), current)
+        finally:
+            await self._tell_served(current)
+
+    async def _tell_served(self, current: str) -> None:
+        if self._metrics is None:
             return
-        if (current, versions) != self._seen:
-            await self._engine.publish(versions, current)
-            self._seen = (current, versions)
-            if self._metrics is not None:
-                self._metrics.versions.set(len(versions))
-            logger.info("serving %d policy versions, current %s", len(versions), current)
+        served = await self._engine.models()
+        self._metrics.versions.set(len(served))
+        self._metrics.serves_current.set(served[0] == current)
 
     async def _current(self) -> str:
         assert self._policies is not None

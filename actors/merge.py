@@ -50,6 +50,21 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
         raise GenerationError(f"the adapter changes layers that the base lacks: {sorted(left)[0]}")
 
 
+def local_directory(model: str, revision: str | None = None) -> Path:
+    """Where the weights of a model are that was loaded here: it may be named by its hub id.
+
+    Raises ``GenerationError`` when the hub's cache does not have them.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise GenerationError(f"the base model {model} is not on this machine") from error
+
+
 def require_same_shapes(base: Path, other: Path) -> None:
     """Raise ``GenerationError`` unless ``other`` holds the base's tensors in the same shapes."""
     try:

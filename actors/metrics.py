@@ -51,7 +51,14 @@ class GeneratorMetrics:
             "mora_generator_in_flight", "Prompts being generated", registry=registry
         )
         self.versions = Gauge(
-            "mora_generator_policy_versions", "Policy versions served", registry=registry
+            "mora_generator_policy_versions",
+            "Policy versions that can be sampled",
+            registry=registry,
+        )
+        self.serves_current = Gauge(
+            "mora_generator_serves_current",
+            "1 while the current policy version is the one sampled by default, else 0",
+            registry=registry,
         )
 
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.aio import Gate, gather
 from actors.generator import PolicyVersion
-from actors.merge import merge_adapter, require_same_shapes
+from actors.merge import local_directory, merge_adapter, require_same_shapes
 from actors.runtime import engine_arguments, engine_seed
 from actors.vllm_process import VllmProcess, runs_on_cpu
 from mora_serve.config import PolicySettings
@@ -184,7 +184,7 @@ class VllmGenerator:
 
     def _weights_of(self, version: PolicyVersion, scratch: Path) -> Path:
         """A directory with the full weights of a version, checked to fit the engine's model."""
-        base = Path(self._model_dir)
+        base = local_directory(self._model_dir, self._settings.engine.get("revision"))
         if version.uri is None:
             return base
         if version.kind == "lora":

@@ -42,6 +42,9 @@ class ReplicaSettings(Section):
     bundle with one GPU per rank. The replica itself takes what the fields above say of the first
     bundle. Empty: no placement group."""
     bundle_strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
+    max_surge_percent: int = Field(default=0, ge=0, le=100)
+    """How many replicas more than wanted a change of settings may start before it stops old ones. 0
+    stops old ones first, so that a single replica is away while its successor loads."""
     max_ongoing_requests: int = Field(default=64, ge=1)
     health_check_period_s: Positive = 5.0
     health_check_timeout_s: Positive = 30.0

@@ -130,6 +130,16 @@ SPREAD: Schema = {
     ),
     "required": ["maxSkew", "topologyKey", "whenUnsatisfiable"],
 }
+CONFINEMENT: Schema = {
+    **section(type=choice("RuntimeDefault", "Localhost", "Unconfined"), localhostProfile=TEXT),
+    # The profile is a file of the node's, which only this type reads.
+    "if": {"properties": {"type": {"const": "Localhost"}}, "required": ["type"]},
+    "then": {
+        "properties": {"localhostProfile": {"minLength": 1}},
+        "required": ["localhostProfile"],
+    },
+    "else": {"not": {"required": ["localhostProfile"]}},
+}
 SCHEDULING: dict[str, Schema] = {
     "nodeSelector": LABELS,
     "tolerations": listed(ref("toleration")),
@@ -145,14 +155,10 @@ SECURITY = {
         fsGroupChangePolicy=choice("OnRootMismatch", "Always"),
         supplementalGroups=listed(whole()),
         supplementalGroupsPolicy=choice("Merge", "Strict"),
-        seccompProfile=section(
-            type=choice("RuntimeDefault", "Localhost", "Unconfined"), localhostProfile=TEXT
-        ),
+        seccompProfile=ref("confinement"),
         seLinuxOptions=section(user=TEXT, role=TEXT, type=TEXT, level=TEXT),
         seLinuxChangePolicy=choice("MountOption", "Recursive"),
-        appArmorProfile=section(
-            type=choice("RuntimeDefault", "Localhost", "Unconfined"), localhostProfile=TEXT
-        ),
+        appArmorProfile=ref("confinement"),
     ),
     # Kubernetes takes root beside runAsNonRoot, and then starts no container of the pod.
     "if": {"properties": {"runAsNonRoot": {"const": True}}, "required": ["runAsNonRoot"]},
@@ -188,7 +194,11 @@ POD = {
     "shmSize": SIZE,
     "runtimeClassName": NAME,
     "podAnnotations": ANNOTATIONS,
-    "podLabels": LABELS,
+    # KubeRay's Services find the head by labels of these two kinds.
+    "podLabels": {
+        **LABELS,
+        "propertyNames": {"not": {"pattern": r"^(ray\.io|app\.kubernetes\.io)/"}},
+    },
 }
 TRAINERS = section(
     enabled=FLAG,
@@ -235,15 +245,21 @@ IMAGE: dict[str, Schema] = {
     "tag": {"type": "string", "pattern": "^([A-Za-z0-9_][-.A-Za-z0-9_]{0,127})?$"},
     "digest": DIGEST,
 }
+NAMED_IMAGE: Schema = {
+    "anyOf": [
+        {"properties": {"tag": {"minLength": 1}}},
+        {"properties": {"digest": {"minLength": 1}}, "required": ["digest"]},
+    ]
+}
+"""Of an image whose tag has no default."""
 STORE = {**SCHEDULING, "resources": RESOURCES}
 DISK = section(size=SIZE, storageClass=NAME)
-PROBE = section(
-    initialDelaySeconds=whole(),
-    periodSeconds=whole(1),
-    timeoutSeconds=whole(1),
-    failureThreshold=whole(1),
-    successThreshold=whole(1),
-)
+PROBE = {
+    "initialDelaySeconds": whole(),
+    "periodSeconds": whole(1),
+    "timeoutSeconds": whole(1),
+    "failureThreshold": whole(1),
+}
 VOLUME = {
     "existingClaim": NAME,
     "size": SIZE,
@@ -319,7 +335,12 @@ CLUSTER: Schema = {
     "tmpSizeLimit": SIZE,
     "terminationGracePeriodSeconds": whole(1),
     "preStopSleepSeconds": whole(),
-    "probes": section(startup=PROBE, readiness=PROBE, liveness=PROBE),
+    # Kubernetes takes one success only from the probes that restart a container.
+    "probes": section(
+        startup=section(**PROBE),
+        readiness=section(**PROBE, successThreshold=whole(1)),
+        liveness=section(**PROBE),
+    ),
     "podSecurityContext": ref("podSecurityContext"),
     "serviceAccount": section(create=FLAG, name=NAME, annotations=ANNOTATIONS),
 }
@@ -331,12 +352,12 @@ STORAGE: Schema = {
     ),
     "modelCache": section(
         type=choice("pvc", "hostPath", "ephemeral"),
-        hostPath={"type": "string", "pattern": "^/"},
+        hostPath={"type": "string", "pattern": "^/", "not": {"pattern": r"(^|/)\.\.(/|$)"}},
         **VOLUME,
     ),
     "valkey": section(
         enabled=FLAG,
-        image=section(**IMAGE, pullPolicy=PULL_POLICY),
+        image={**section(**IMAGE, pullPolicy=PULL_POLICY), **NAMED_IMAGE},
         auth=section(enabled=FLAG, existingSecret=NAME, key=KEY),
         persistence=DISK,
         podSecurityContext=ref("podSecurityContext"),
@@ -420,6 +441,7 @@ def values_schema() -> Schema:
             "spread": SPREAD,
             "selector": SELECTOR,
             "podSecurityContext": SECURITY,
+            "confinement": CONFINEMENT,
             **settings,
         },
     }

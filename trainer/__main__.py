@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,10 @@ def train_and_publish(session: StoreSession, settings: Settings, job: TrainingJo
 def fit(settings: Settings, job: TrainingJob, model: Mapping[str, str | None]) -> Path | None:
     """Run the job on Ray Train; returns its last checkpoint, ``None`` without any."""
     trainer = settings.trainer
+    config = {"settings": dump_settings(settings, reveal=True), "job": job, **model}
     result = TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "settings": dump_settings(settings, reveal=True),
-            "job": job,
-            **model,
-        },
+        # Not as train_loop_config, which Ray's dashboard can show: the settings hold keys.
+        partial(train_worker, config),
         scaling_config=ScalingConfig(
             num_workers=trainer.num_workers,
             use_gpu=trainer.use_gpu,

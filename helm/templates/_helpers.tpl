@@ -24,9 +24,10 @@ app.kubernetes.io/part-of: mora-serve
 {{- end -}}
 
 {{/* Labels of the Ray pods: they must not change with the chart's version, since another pod template
-is another Ray cluster. */}}
+is another Ray cluster. `app.kubernetes.io/name` is KubeRay's, whose Services for the head select by it. */}}
 {{- define "mora-serve.rayLabels" -}}
-{{ include "mora-serve.selectorLabels" . }}
+app.kubernetes.io/part-of: mora-serve
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: ray
 {{- end -}}
 

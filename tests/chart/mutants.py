@@ -150,6 +150,12 @@ MUTANTS = (
     Mutant("values.yaml", "timeoutSeconds: 300", "timeoutSeconds: 3"),
     Mutant(T + "prometheusrule.yaml", "> 0.05", "> 5"),
     Mutant(T + "prometheusrule.yaml", "> 0.8", "> 80"),
+    Mutant(T + "prometheusrule.yaml", "generator_serves_current", "generator_is_current"),
+    Mutant(T + "priorityclass-training.yaml", "preemptionPolicy: Never", ""),
+    Mutant("profiles/multi-gpu.yaml", "valkey: {priorityClassName: mora-serving}", ""),
+    Mutant(T + "networkpolicy-ray.yaml", "(not .Values.networkPolicy.monitoring)", "false"),
+    Mutant(T + "_helpers.tpl", "app.kubernetes.io/part-of: mora-serve\napp.kubernetes.io/instance",
+           "app.kubernetes.io/name: mora-serve\napp.kubernetes.io/instance"),
 )  # fmt: skip
 
 

@@ -217,12 +217,33 @@ def test_groups_scale_and_idle_as_their_values_say() -> None:
 
 
 def test_a_pods_own_labels_keep_the_charts() -> None:
-    theirs = {"mora-serve/group": "x", "app.kubernetes.io/instance": "y", "team": "z"}
+    theirs = {"mora-serve/group": "x", "team": "z"}
     rendered = render(values={"workerGroups.generator.podLabels": theirs})
     labels = rendered.ray_pods()["generator"]["metadata"]["labels"]
     assert labels["team"] == "z"
     assert labels["mora-serve/group"] == "generator"
-    assert labels["app.kubernetes.io/instance"] == "mora"
+
+
+def test_what_serves_is_not_given_up_for_a_training_run(rendered: Rendered) -> None:
+    """The stores least of all: everything waits for them."""
+    values = {item["metadata"]["name"]: item for item in rendered.all("PriorityClass")}
+    training = [item for name, item in values.items() if name.endswith("-training")]
+    assert all(item["preemptionPolicy"] == "Never" for item in training)
+
+    def rank(pod: dict[str, Any]) -> int:
+        name = pod["spec"].get("priorityClassName")
+        return 0 if name is None else int(values[name]["value"])
+
+    trainer = rendered.ray_pods().get("trainer")
+    for store in rendered.all("StatefulSet"):
+        assert trainer is None or rank(store["spec"]["template"]) >= rank(trainer)
+
+
+def test_kuberays_services_find_the_head(rendered: Rendered) -> None:
+    """They select by labels that KubeRay adds where a pod has none of its own."""
+    kuberays = ("ray.io/", "app.kubernetes.io/name", "app.kubernetes.io/created-by")
+    for pod in rendered.ray_pods().values():
+        assert not [name for name in pod["metadata"]["labels"] if name.startswith(kuberays)]
 
 
 def alerts(rendered: Rendered) -> dict[str, str]:

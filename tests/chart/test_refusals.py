@@ -120,6 +120,21 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"podSecurityContext.runAsUser": 0}, "runAsUser"),
     ({"valkey.podSecurityContext.runAsUser": 0}, "runAsUser"),
     ({"extraObjects": [{"a": 1}]}, "apiVersion"),
+    # What no API server takes of the pods that are made later.
+    ({"probes.liveness.successThreshold": 2}, "successThreshold"),
+    ({"probes.startup.successThreshold": 1}, "successThreshold"),
+    ({"podSecurityContext.seccompProfile": {"type": "Localhost"}}, "localhostProfile"),
+    ({"podSecurityContext.seccompProfile.localhostProfile": "p.json"}, "seccompProfile"),
+    ({"valkey.podSecurityContext.appArmorProfile": {"type": "Localhost"}}, "localhostProfile"),
+    ({"modelCache": {"type": "hostPath", "hostPath": "/a/../b"}}, "hostPath"),
+    ({"valkey.image.tag": ""}, "valkey"),
+    # Labels by which KubeRay's Services find the head.
+    *(({"head.podLabels": {label: "x"}}, label) for label in (
+        "ray.io/identifier", "ray.io/node-type", "app.kubernetes.io/created-by",
+        "app.kubernetes.io/name")),
+    # Prometheus shut out of the gateways that it scrapes.
+    ({"networkPolicy": {"enabled": True, "clients": [AGENTS]},
+      "monitoring.serviceMonitor.enabled": True}, "networkPolicy.monitoring must name Prometheus"),
     # What the settings' loader would refuse in the cluster.
     ({"config.sampling": {"n": 20, "n_max": 16}}, "config.sampling.n_max must be at least n (20)"),
     ({"config.scorers": [FAKE, {**FAKE, "dimensions": ["truthful"]}]},
@@ -173,6 +188,16 @@ def test_values_near_the_refused_ones_are_taken() -> None:
             "gcsFaultTolerance.external.address": "rediss://user@redis:6380",
             "data.size": "0.5Ti",
             "head.podAnnotations": {"Example.org/a": "x"},
+            "head.podLabels": {"team": "a", "example.org/app.kubernetes.io": "x"},
+            "podSecurityContext.seccompProfile": {
+                "type": "Localhost",
+                "localhostProfile": "mora.json",
+            },
+            "probes.readiness.successThreshold": 2,
+            "modelCache": {"type": "hostPath", "hostPath": "/srv/a..b/models"},
+            "valkey.image": {"tag": "", "digest": f"sha256:{'0' * 64}"},
+            "networkPolicy.monitoring": [AGENTS],
+            "monitoring.serviceMonitor.enabled": True,
             "ingress": {"enabled": True, "hosts": [{"host": "*.example.org"}, {"host": ""}]},
             "extraObjects": [{"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}}],
             **devices("rdma/hca", 1, "1"),

@@ -51,6 +51,7 @@ def test_placement_and_limits_come_from_the_replica_section() -> None:
         "num_cpus": 4,
         "resources": {"h100": 1},
         "max_ongoing_requests": 7,
+        "max_surge_percent": 50,
         "health_check_period_s": 3,
         "graceful_shutdown_timeout_s": 11,
     }
@@ -62,6 +63,7 @@ def test_placement_and_limits_come_from_the_replica_section() -> None:
     assert options["resources"] == {"h100": 1}
     config = built._deployment_config
     assert config.health_check_period_s == 3
+    assert config.max_surge_percent == 50
     assert config.graceful_shutdown_timeout_s == 11
 
 

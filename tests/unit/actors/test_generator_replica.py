@@ -308,6 +308,25 @@ async def test_prompts_and_tokens_are_counted() -> None:
     await replica.stop()
 
 
+async def test_it_is_told_whether_the_current_version_is_the_one_served() -> None:
+    stores, engine, registry = Stores.memory(), Engine(), CollectorRegistry()
+    replica = replica_of(engine, stores, metrics=GeneratorMetrics(registry))
+    count = registry.get_sample_value
+    await replica.start()
+    assert count("mora_generator_serves_current") == 1
+    engine.broken.add("policy-1")
+    await publish(stores, "policy-1")
+    with pytest.raises(GenerationError):
+        await replica.refresh()
+    assert count("mora_generator_serves_current") == 0
+    assert count("mora_generator_policy_versions") == 1
+    engine.broken.clear()
+    await replica.refresh()
+    assert count("mora_generator_serves_current") == 1
+    assert count("mora_generator_policy_versions") == 2
+    await replica.stop()
+
+
 async def test_versions_go_live_and_back_under_load_without_a_dropped_request() -> None:
     stores = Stores.memory()
     await stores.jobs.publish_policy({"id": BASE, "kind": "base", "uri": None}, make_current=True)

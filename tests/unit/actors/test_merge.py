@@ -10,7 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.merge import merge_adapter, require_same_shapes, round_stochastically
+from actors.merge import (
+    local_directory,
+    merge_adapter,
+    require_same_shapes,
+    round_stochastically,
+)
 from mora_serve.errors import GenerationError
 
 LAYER = "model.layers.0.self_attn.q_proj.weight"
@@ -125,3 +130,24 @@ def test_full_weights_must_have_the_bases_shapes(tmp_path: Path) -> None:
     save_file({LAYER: torch.zeros(8, 6)}, same / "model.safetensors")
     with pytest.raises(GenerationError, match="shapes"):
         require_same_shapes(base, same)
+
+
+def test_a_model_that_is_named_by_its_hub_id_is_found_where_the_engine_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(GenerationError, match="org/policy is not on this machine"):
+        local_directory("org/policy")
+    stored = tmp_path / "models--org--policy"
+    for revision in ("a" * 40, "b" * 40):
+        (stored / "snapshots" / revision).mkdir(parents=True)
+        write_base(stored / "snapshots" / revision / "weights")
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("a" * 40)
+    assert local_directory("org/policy") == stored / "snapshots" / ("a" * 40)
+    assert local_directory("org/policy", "b" * 40) == stored / "snapshots" / ("b" * 40)
+    assert local_directory(str(stored)) == stored
+    with pytest.raises(GenerationError, match="is not on this machine"):
+        local_directory("org/policy", "v2")
+    with pytest.raises(GenerationError, match="is not on this machine"):
+        local_directory("/no/such/directory")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,3 +94,26 @@ def test_workers_on_cpus_do_not_spin_on_cores_that_an_engine_shares(
     settings = load_settings("fake", overrides={"data_dir": str(tmp_path), "trainer": trainer})
     found = run_config(settings, read_job(stored(), settings.trainer))
     assert found.worker_runtime_env == {"env_vars": variables}
+
+
+def test_what_ray_may_show_of_a_run_holds_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's dashboard can show whatever its trainer is told but the function."""
+    from trainer import __main__ as command
+
+    told: dict[str, Any] = {}
+
+    class Told:
+        def __init__(self, function: Any, **options: Any) -> None:
+            told.update(options, function=function)
+
+        def fit(self) -> SimpleNamespace:
+            return SimpleNamespace(checkpoint=None)
+
+    monkeypatch.setattr(command, "TorchTrainer", Told)
+    settings = load_settings("fake", overrides={"server": {"api_keys": ["sk-1234"]}})
+    assert command.fit(settings, read_job(stored(), settings.trainer), {"model_dir": "m"}) is None
+    function = told.pop("function")
+    assert function.args[0]["settings"]["server"]["api_keys"] == ["sk-1234"]
+    assert function.args[0]["model_dir"] == "m"
+    assert "sk-1234" not in repr(told)
+    assert set(told) == {"scaling_config", "run_config"}
