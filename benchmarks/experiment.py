@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--order", nargs="+", help="dimensions in the order of their stages")
     parser.add_argument("--n-eval", type=int, default=4, help="held-out answers per prompt")
     parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--learning-rate-multiplier", type=float, default=4.0)
+    parser.add_argument("--learning-rate-multiplier", type=float, default=12.0)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--no-kl", action="store_true", help="spare a minute and more per arm")
     parser.add_argument("--judge-heads", type=Path, help="directory of other heads")
