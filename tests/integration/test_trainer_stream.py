@@ -34,6 +34,7 @@ from tests.integration.training import (
 from tests.redis_fixtures import redis_server, redis_url
 from trainer.dpo import load_policy, load_tokenizer, run_dpo
 from trainer.job import read_job
+from trainer.publish import LORA_FILES
 from trainer.source import ListFeed, PairSource, Position, ResumableRows
 from trainer.tiny_model import ensure_tiny_model
 
@@ -177,6 +178,44 @@ async def test_killed_workers_and_drivers_leave_no_trace_in_what_is_trained(
         assert job["restarts"] == 2
         assert job["trained_tokens"] == unbroken.trained_tokens
         await check_version(stores, config, unbroken.weights)
+
+
+async def test_two_workers_share_a_stream_and_go_on_together_when_one_is_killed(
+    tmp_path: Path, redis_url: str, ray_address: str
+) -> None:
+    dies_after = 3
+    config = settings(tmp_path, redis_url, num_workers=2, batch_size=1)
+    async with opened(config) as stores, launcher(stores, config, ray_address):
+        live = await Stream.open(stores)
+        job_id = await create(stores, config.policy.model, live.batch_id)
+
+        async def reported() -> bool:
+            return any(data["step"] == dies_after for data in await metrics(stores, job_id))
+
+        async def checkpoint_kept() -> bool:
+            """Whether Ray Train would find it again: it notes a checkpoint some time later."""
+            notes = tmp_path.glob("train/*/checkpoint_manager_snapshot.json")
+            return any('"checkpoint_' in note.read_text() for note in notes)
+
+        for line in range(dies_after):
+            await live.commit(line)
+        await eventually(reported, log_of(tmp_path, job_id))
+        await eventually(checkpoint_kept, log_of(tmp_path, job_id))
+        kill_worker(num_workers=2)
+        for line in range(dies_after, NUM_STEPS):
+            await live.commit(line)
+        job = await ended(stores, job_id, tmp_path)
+        found = await metrics(stores, job_id)
+        assert job["restarts"] == 1
+        assert {data["step"] for data in found} == set(range(1, NUM_STEPS + 1))
+        for data in found:
+            step = data["step"]
+            assert trained_pairs(data) == [2 * step - 2, 2 * step - 1]
+        assert [data["step"] for data in found] == [1, 2, 3, *range(3, NUM_STEPS + 1)]
+        (version,) = await stores.jobs.list_policies()
+        assert (await stores.jobs.current_policy())[0] == version["id"]
+        folder = Path(version["uri"])
+        assert sorted(path.name for path in folder.iterdir()) == sorted(LORA_FILES)
 
 
 async def killed_run(

@@ -93,11 +93,12 @@ def kill_driver(job_id: str) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def kill_worker() -> None:
-    """SIGKILL for the training worker that runs in this process's Ray."""
+def kill_worker(num_workers: int = 1) -> None:
+    """SIGKILL for the newest of the training workers that run in this process's Ray."""
     pids = [pid for pid, command in _commands() if b"RayTrainWorker" in command[0]]
-    (pid,) = [pid for pid in pids if _descends(pid, os.getpid())]
-    os.kill(pid, signal.SIGKILL)
+    own = [pid for pid in pids if _descends(pid, os.getpid())]
+    assert len(own) == num_workers
+    os.kill(max(own), signal.SIGKILL)
 
 
 def _commands() -> Iterator[tuple[int, list[bytes]]]:
