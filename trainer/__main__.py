@@ -32,7 +32,8 @@ from trainer.feeds import StoreSession
 from trainer.job import TERMINAL, TrainingJob, read_job
 from trainer.loop import train_worker
 from trainer.publish import finish, publish
-from trainer.stages import StagedRun, await_batch, no_pairs, train_on
+from trainer.run_batch import await_batch, no_pairs, train_on
+from trainer.stages import StagedRun
 from trainer.tiny_model import ensure_tiny_model
 
 logger = logging.getLogger("trainer")

@@ -18,9 +18,10 @@ from mora_serve.store import Stores
 from trainer.feeds import StoreSession
 from trainer.job import TrainingJob, read_job
 from trainer.publish import finish
+from trainer.run_batch import await_batch
 from trainer.run_state import RunState
 from trainer.source import Position
-from trainer.stages import StagedRun, await_batch
+from trainer.stages import StagedRun
 
 STAGES = ("harmless", "helpful", "truthful")
 STORED = {
