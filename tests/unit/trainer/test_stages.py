@@ -18,7 +18,6 @@ from mora_serve.store import Stores
 from trainer.feeds import StoreSession
 from trainer.job import TrainingJob, read_job
 from trainer.publish import finish
-from trainer.run_batch import await_batch
 from trainer.run_state import RunState
 from trainer.source import Position
 from trainer.stages import StagedRun
@@ -351,32 +350,3 @@ def test_a_job_that_is_cancelled_between_any_two_steps_leaves_no_batch_at_work(
         assert not working, f"cancelled after {left} effects"
         assert len(left_behind["batches"]) <= len(trainer.runs) + 1
     raise AssertionError("the run has more steps than were tried")
-
-
-@pytest.mark.parametrize("end", ["batch", "job"])
-def test_a_version_waits_until_its_batch_is_over_or_the_job_is(stores: Stores, end: str) -> None:
-    """Rows that name a version could not go on once an engine of one version holds another."""
-    waited: list[float] = []
-
-    async def stream() -> str:
-        batch = {"endpoint": "/v1/rewrites", "input_file_id": "file-prompts"}
-        return str((await stores.batches.create_batch(batch, {}, None, "hash"))["id"])
-
-    with StoreSession(stores) as session:
-        job = replace(JOB, training_file=session.call(stream()))
-
-        def wait(seconds: float) -> None:
-            waited.append(seconds)
-            if len(waited) < 3:
-                return
-            if end == "job":
-                session.call(stores.jobs.update_job(JOB.id, status="cancelled"))
-            else:
-                session.call(complete(stores, job.training_file))
-
-        await_batch(session, job, wait)
-        assert len(waited) == 3
-        told, _ = session.call(stores.jobs.list_events(JOB.id, after=None, limit=9))
-        assert [event["message"].split(";")[0] for event in told] == ["Trained"]
-        await_batch(session, job, wait)
-        assert len(waited) == 3
