@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,13 @@ def main(model_dir: str) -> None:
         "prompts": rows.prompts, "steps": hooks.steps, "position": state.position.to_json(),
         "trained_tokens": state.trained_tokens, "skipped": source.counts.skipped,
         "left_over": source.counts.left_over, "done": state.done,
+        "threads": [thread.name for thread in threading.enumerate()],
     }  # fmt: skip
     Path(sys.argv[2], os.environ["RANK"]).write_text(json.dumps(done), "utf-8")
     distributed.destroy_process_group()
+    # A thread of gloo that lets go of its last tensor while the interpreter is being torn down
+    # aborts the process (pytorch/pytorch#190489). All is written and nothing is left to tear down.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -66,3 +66,9 @@ def test_loss_margins_and_tokens_are_of_all_ranks(ranks: list[dict[str, Any]]) -
     assert "margins/harmless" not in first["steps"]["1"]
     assert first["trained_tokens"] == second["trained_tokens"]
     assert first["trained_tokens"] == first["steps"]["6"]["num_tokens"]
+
+
+def test_the_run_reports_to_nobody(ranks: list[dict[str, Any]]) -> None:
+    # TRL sends usage reports from a thread of huggingface_hub on the first rank.
+    for rank in ranks:
+        assert not [name for name in rank["threads"] if "telemetry" in name]
