@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+from actors.deploy import GENERATOR
 from api.proxy import common_environment, find_haproxy, haproxy_environment
 from mora_serve.free_ports import free_ports
 from mora_serve.processes import Child
@@ -60,7 +61,7 @@ class Cluster:
 def wait_until(said: str, cluster: Cluster, condition: Any) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline and cluster.child.poll() is None:
-        with suppress(httpx.HTTPError):
+        with suppress(httpx.HTTPError, KeyError):
             if condition():
                 return
         time.sleep(POLL_S)
@@ -143,6 +144,28 @@ def test_the_rendered_application_serves_and_changes_in_place(cluster: Cluster) 
     assert cluster.post("/v1/diagnostics", body).status_code == 200
 
 
+def test_with_a_surge_a_single_replica_stays_until_its_successor_runs(cluster: Cluster) -> None:
+    settings = cluster.rendered.serve_config["applications"][0]["args"]["settings"]
+    replica = {**settings["policy"].get("replica", {}), "max_surge_percent": 100}
+    policy = {**settings["policy"], "replica": replica}
+    cluster.apply(policy=policy)
+    wait_until("the surge was not taken on", cluster, lambda: _generator(cluster).surge == 100)
+    wait_until("the surge was not taken on", cluster, lambda: _generator(cluster).at_rest)
+
+    before = _generator(cluster).running
+    cluster.apply(policy={**policy, "max_model_len": 512})
+    seen: list[set[str]] = []
+
+    def replaced() -> bool:
+        generator = _generator(cluster)
+        seen.append(generator.running)
+        return generator.at_rest and not generator.running & before
+
+    wait_until("the generator was not replaced", cluster, replaced)
+    assert len(before) == len(seen[-1]) == 1
+    assert all(seen)
+
+
 def test_settings_that_cannot_be_served_are_reported_and_the_old_ones_go_on(
     cluster: Cluster,
 ) -> None:
@@ -154,6 +177,26 @@ def test_settings_that_cannot_be_served_are_reported_and_the_old_ones_go_on(
 
     wait_until("the mistake was not reported", cluster, failed)
     assert cluster.post("/v1/diagnostics", {"prompts": ["Hello?"]}).status_code == 200
+
+
+@dataclass
+class Generator:
+    """What Serve says of the generator: replicas that take requests, and whether none changes."""
+
+    running: set[str]
+    at_rest: bool
+    surge: int
+
+
+def _generator(cluster: Cluster) -> Generator:
+    application = cluster.applications()["applications"]["mora"]
+    deployment = application["deployments"][GENERATOR]
+    states = {item["replica_id"]: item["state"] for item in deployment["replicas"]}
+    return Generator(
+        running={replica for replica, state in states.items() if state == "RUNNING"},
+        at_rest=application["status"] == "RUNNING" and set(states.values()) == {"RUNNING"},
+        surge=deployment["deployment_config"]["max_surge_percent"],
+    )
 
 
 def _server(cluster: Cluster) -> dict[str, Any]:
