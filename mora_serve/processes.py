@@ -29,6 +29,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _MARKER = "_MORA_FAMILY"
 _PARENT_POLL_S = 0.25
+_REAP_PERIOD_S = 10.0
 # Runs in the child before the command: Python between fork and exec is unsafe beside threads.
 _TRAMPOLINE = (
     "import ctypes, os, sys\n"
@@ -98,12 +99,13 @@ class ParentWatch:
 
     The parent-death signal asks us to stop in order, which can take long; ``grace_s`` after it all
     that descends from us is killed, and we exit. While the context is open; leaving it ends what is
-    left at once. We adopt the orphans among our descendants, so that none is missed. Does nothing
-    in a process that is no child of ours.
+    left at once. We adopt the orphans among our descendants, so that none is missed, and collect
+    those that ended: a child that nobody waited for within ``reap_period_s`` counts as adopted.
+    Does nothing in a process that is no child of ours.
     """
 
-    def __init__(self, grace_s: float) -> None:
-        self._grace_s = grace_s
+    def __init__(self, grace_s: float, reap_period_s: float = _REAP_PERIOD_S) -> None:
+        self._grace_s, self._reap_period_s = grace_s, reap_period_s
         self._parent = os.getppid()
         self._marker = os.environ.get(_MARKER)
         self._left = threading.Event()
@@ -124,7 +126,12 @@ class ParentWatch:
         return self._marker is not None and os.getppid() != self._parent
 
     def _watch(self) -> None:
+        ended: set[int] = set()
+        due = time.monotonic() + self._reap_period_s
         while not self._left.wait(_PARENT_POLL_S):
+            if time.monotonic() >= due:
+                ended = _reap_unclaimed(ended)
+                due = time.monotonic() + self._reap_period_s
             if self._parent_died():
                 if not self._left.wait(self._grace_s):
                     self._end_family()
@@ -147,18 +154,24 @@ def _marked(marker: str) -> list[int]:
     return alive
 
 
-def _descendants(root: int) -> list[int]:
-    """Running processes that descend from ``root``, itself included; not zombies."""
-    children: dict[int, list[int]] = {}
-    running = set()
+def _processes() -> Iterator[tuple[int, int, bool]]:
+    """Process, its parent, and whether it runs (or is a zombie)."""
     for pid in _pids():
         with contextlib.suppress(OSError):
             # The program's name, in brackets, may hold anything.
             text = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2]
             state, parent, *_ = text.split()
-            children.setdefault(int(parent), []).append(pid)
-            if state not in (b"Z", b"X"):
-                running.add(pid)
+            yield pid, int(parent), state not in (b"Z", b"X")
+
+
+def _descendants(root: int) -> list[int]:
+    """Running processes that descend from ``root``, itself included; not zombies."""
+    children: dict[int, list[int]] = {}
+    running = set()
+    for pid, parent, runs in _processes():
+        children.setdefault(parent, []).append(pid)
+        if runs:
+            running.add(pid)
     found, waiting = [], [root]
     while waiting:
         found.append(pid := waiting.pop())
@@ -182,6 +195,20 @@ def _kill_all(find: Callable[[], list[int]]) -> None:
             except PermissionError:
                 others.add(pid)
         _wait_until(lambda: not set(find()) - others, 5.0, lambda: False)
+
+
+def _reap_unclaimed(before: set[int]) -> set[int]:
+    """Collect our children that had ended ``before`` and still are zombies; the other zombies.
+
+    Who starts a child waits for it, so that its status is not ours to take; an adopted one has
+    nobody else.
+    """
+    own = os.getpid()
+    ended = {pid for pid, parent, runs in _processes() if parent == own and not runs}
+    for pid in ended & before:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+    return ended - before
 
 
 def reap_adopted() -> None:

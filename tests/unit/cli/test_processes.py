@@ -137,6 +137,27 @@ def test_family_of_an_orphan_that_does_not_stop_is_ended(tmp_path: Path) -> None
     parent.stdout.close()
 
 
+def test_watch_collects_adopted_zombies_and_leaves_statuses_to_who_waits(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    # The child of the child prints its own child, which it leaves behind, and ends.
+    leaving = (
+        "import subprocess, sys; "
+        "print(subprocess.Popen([sys.executable, '-c', 'pass']).pid, flush=True)"
+    )
+    code = (
+        "import subprocess, sys, time; from mora_serve.processes import ParentWatch\n"
+        "with ParentWatch(0.2, reap_period_s=0.3):\n"
+        f"    subprocess.run([sys.executable, '-c', {leaving!r}], check=True)\n"
+        "    own = subprocess.Popen([sys.executable, '-c', 'raise SystemExit(3)'])\n"
+        "    print(own.wait(), 'up', flush=True); time.sleep(60)"
+    )
+    child = start(code, log)
+    orphan, status, _ = log.read_text().split()
+    until(lambda: not Path(f"/proc/{orphan}").exists())
+    assert status == "3"
+    child.stop(20.0)
+
+
 def test_watch_does_nothing_in_a_process_that_nobody_supervises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
