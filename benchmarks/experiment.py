@@ -322,7 +322,7 @@ def write_results(
         found, by_seed = compare_arms(arms, n)
         lines += table_lines(found, by_seed, f"Judged by {title}")
         against = compare_with_alternatives(arms, n)
-        lines += alternative_lines(against)
+        lines += alternative_lines(against, by_seed)
         results[title] = {
             "evaluation": asdict(found),
             "by_seed": by_seed,

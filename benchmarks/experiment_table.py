@@ -1,8 +1,9 @@
 """What the experiment's cells say: a table per scorer, control rates, and the paper's figures.
 
 Answers of all seeds to one held-out prompt form its sample, so that the intervals of
-:mod:`mora_serve.evaluation` cover prompts and answers. They do not cover the choice of seeds, which
-three seeds cannot estimate: the change of every seed stands beside them.
+:mod:`mora_serve.evaluation` cover prompts and answers. They do not cover what differs from seed to
+seed, the rollouts that pairs are drawn from above all: the change of every seed stands beside them,
+and the standard error over seeds beside the differences between arms.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from mora_serve.bootstrap import Estimate
@@ -67,21 +68,28 @@ def compare_with_alternatives(samples: Samples, n: int, seed: int = 0) -> dict[s
     }
 
 
-def alternative_lines(found: Mapping[str, Evaluation]) -> list[str]:
+def alternative_lines(found: Mapping[str, Evaluation], by_seed: Json) -> list[str]:
     """One Markdown table: change of mean reward of MORA's arms over each alternative."""
     if not found:
         return []
     names = [*next(iter(found.values())).dimensions, OVERALL]
+    head = [*names, f"{OVERALL} ± standard error over seeds"]
     lines = [
         "MORA against its alternatives, change of mean reward on the same prompts, z:",
         "",
-        _row("arm", names),
-        _row("---", ["---:"] * len(names)),
+        _row("arm", head),
+        _row("---", ["---:"] * len(head)),
     ]
     for rival, each in found.items():
         for item in each.comparisons:
             cells = [_cell(item.changes[k].change, 2) for k in names]
-            lines.append(_row(f"{item.name} − {rival}", cells))
+            differences = [
+                ours - theirs
+                for ours, theirs in zip(
+                    by_seed[item.name][OVERALL], by_seed[rival][OVERALL], strict=True
+                )
+            ]
+            lines.append(_row(f"{item.name} − {rival}", [*cells, _over_seeds(differences)]))
     return [*lines, ""]
 
 
@@ -249,6 +257,14 @@ def _cell(estimate: Estimate, digits: int, *, signed: bool = True) -> str:
     values = (estimate.value, estimate.low, estimate.high)
     value, low, high = (_number(v, digits, signed=signed) for v in values)
     return f"{value} ({low} … {high})"
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    """Mean and its standard error, which one seed does not have."""
+    if len(values) < 2:
+        return _number(fmean(values), 2)
+    error = stdev(values) / len(values) ** 0.5
+    return f"{_number(fmean(values), 2)} ± {_number(error, 2, signed=False)}"
 
 
 def _number(value: float | None, digits: int, *, signed: bool = True) -> str:

@@ -217,6 +217,15 @@ def test_the_table_has_every_arm_with_both_scorers_the_rates_and_the_papers_figu
     against = found["against"]["plain"]["comparisons"][0]["changes"]["overall"]["change"]
     assert against["value"] == pytest.approx(ours - plain)
     assert against["low"] < against["value"] < against["high"]
+    # Two seeds differ from their mean by half of what they differ by.
+    first, second = (
+        found["by_seed"]["simultaneous"]["overall"][place]
+        - found["by_seed"]["plain"]["overall"][place]
+        for place in range(2)
+    )
+    error = f"{(first + second) / 2:+.2f} ± {abs(first - second) / 2:.2f} |"
+    row = next(line for line in text.splitlines() if line.startswith("| simultaneous − plain"))
+    assert row.endswith(error)
     assert [item["per_token"]["value"] for item in results["kl"]["plain"]] == [0.5, 0.5]
     assert found["evaluation"]["versions"][0]["num_answers"] == 2 * 4 * len(design.held_out)
 
