@@ -32,7 +32,7 @@ TITLES: Mapping[str, str] = {
 KINDS = ("generator", "scorer", "runner", "gateway", "controller", "redis")
 """Those of every stack; an ``engine`` is a generator's child, where vLLM is the backend."""
 SPAWNED = "--multiprocessing-fork"
-"""The last argument of an engine's process that could not set its title: setproctitle changes
+"""The last argument of a process of an engine that could not set its title: setproctitle changes
 nothing when the first variable of the environment was set anew before it, and the order in which
 Ray gives a worker its variables differs from run to run. Nothing else below us is spawned so."""
 GONE_TIMEOUT_S = 10.0
@@ -76,14 +76,19 @@ def plan(num_kills: int, seed: int, kinds: tuple[str, ...] = KINDS) -> list[Plan
 
 
 def find(root: int, kind: str) -> dict[int, float]:
-    """Living processes of a kind below ``root``: pid -> time of creation."""
+    """Living processes of a kind below ``root``: pid -> time of creation.
+
+    A child of one of them is a part of it: the worker of an engine, spawned as the engine is.
+    """
     found: dict[int, float] = {}
+    parents: dict[int, int] = {}
     for process in psutil.Process(root).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             command = process.cmdline()
             if _is_kind(kind, command) and process.status() != psutil.STATUS_ZOMBIE:
+                parents[process.pid] = process.ppid()
                 found[process.pid] = process.create_time()
-    return found
+    return {pid: created for pid, created in found.items() if parents[pid] not in found}
 
 
 def _is_kind(kind: str, command: list[str]) -> bool:

@@ -71,10 +71,16 @@ SPAWNING = """
 import multiprocessing, os, pathlib, sys, time
 import setproctitle
 
+def worker():
+    os.environ[next(iter(os.environ))] += "!"
+    setproctitle.setproctitle("VLLM::Worker")
+    pathlib.Path(sys.argv[1]).touch()
+    time.sleep(600)
+
 def engine():
     os.environ[next(iter(os.environ))] += "!"
     setproctitle.setproctitle("VLLM::EngineCore")
-    pathlib.Path(sys.argv[1]).touch()
+    multiprocessing.get_context("spawn").Process(target=worker).start()
     time.sleep(600)
 
 if __name__ == "__main__":
@@ -83,7 +89,7 @@ if __name__ == "__main__":
 
 
 def test_an_engine_is_found_whose_title_could_not_be_set(tmp_path: Path) -> None:
-    """Its environment begins with a variable that it set before its title."""
+    """Its environment begins with a variable that it set before its title; so does its worker's."""
     script = tmp_path / "spawning.py"
     script.write_text(SPAWNING)
     tried = tmp_path / "tried"
@@ -93,7 +99,11 @@ def test_an_engine_is_found_whose_title_could_not_be_set(tmp_path: Path) -> None
         while not tried.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         (pid,) = kills.find(parent.pid, "engine")
-        assert "VLLM::EngineCore" not in psutil.Process(pid).cmdline()
+        engine = psutil.Process(pid)
+        assert engine.ppid() == parent.pid
+        (worker,) = (process for process in engine.children() if kills.SPAWNED in process.cmdline())
+        for process in (engine, worker):
+            assert not any(part.startswith("VLLM::") for part in process.cmdline())
     finally:
         for process in psutil.Process(parent.pid).children(recursive=True):
             process.kill()
