@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mora_serve.client import Client, UnreachableError
+from mora_serve.answers import UnreachableError
+from mora_serve.client import Client
 from mora_serve.free_ports import free_port
 from mora_serve.processes import Child
 

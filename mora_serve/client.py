@@ -3,7 +3,8 @@
 The command line and the demo are users of the REST API like any other, and this module is all they
 use. It stands on the standard library alone, keeps no connection between calls and reads streams
 as they arrive. Refusals made before any work was queued (429, 503) are sent again after the delay
-that the server asks for. It owns no knowledge of the routes beyond their content types.
+that the server asks for. It owns no knowledge of the routes beyond their content types; what
+comes back is read by :mod:`mora_serve.answers`.
 """
 
 from __future__ import annotations
@@ -14,62 +15,31 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
+from mora_serve.answers import (
+    CHUNK_BYTES,
+    ApiError,
+    Json,
+    ServerEvent,
+    UnreachableError,
+    error_from,
+    read_body,
+    read_chunks,
+    read_events,
+    read_lines,
+    read_object,
+    read_object_or_text,
+    retry_after,
+)
 from mora_serve.errors import MoraError
 
 BUSY_STATUS = frozenset({429, 503})
 """Refusals that the gateway makes before it queues anything, so that sending again is safe."""
-CHUNK_BYTES = 1 << 16
 READY_POLL_S = 1.0
-
-Json = dict[str, Any]
-
-
-class UnreachableError(MoraError):
-    """The server did not answer, or the connection broke before the answer was complete."""
-
-
-class ApiError(MoraError):
-    """The server answered with an error; the fields are those of its error envelope."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        type: str | None = None,  # noqa: A002
-        param: str | None = None,
-        code: str | None = None,
-        body: Json | None = None,
-    ) -> None:
-        super().__init__(status, message)
-        self.status = status
-        self.message = message
-        self.type = type
-        self.param = param
-        self.code = code
-        self.body = body or {}
-        """The whole JSON answer."""
-
-    def __str__(self) -> str:
-        where = f" ({self.param})" if self.param and self.param not in self.message else ""
-        return f"the server answered {self.status}: {self.message}{where}"
-
-
-@dataclass(frozen=True, slots=True)
-class ServerEvent:
-    """One server-sent event, for example ``ServerEvent("progress", {"pairs": 3}, "12")``."""
-
-    event: str
-    """The event's name; ``message`` when the server gave none."""
-    data: Any
-    """Decoded JSON, or the text itself when it is not JSON."""
-    id: str | None
 
 
 class Client:
@@ -134,7 +104,7 @@ class Client:
         """Whether ``/readyz`` answers 200, and what it said. Raises ``UnreachableError``."""
         try:
             with self._open("GET", "/readyz", tries=1) as response:
-                return True, _object(_body(response))
+                return True, read_object(read_body(response))
         except ApiError as error:
             return False, error.body
 
@@ -163,18 +133,18 @@ class Client:
         """JSON lines as they arrive. A line that is only an error envelope raises ``ApiError``."""
         headers = {"Accept": "application/x-ndjson"}
         with self._open(method, path, body=body, params=params, headers=headers) as response:
-            for line in _lines(response):
+            for line in read_lines(response):
                 if line.strip():
-                    item = _object(line)
+                    item = read_object(line)
                     if set(item) == {"error"}:
-                        raise _error_from(response.status, item)
+                        raise error_from(response.status, item)
                     yield item
 
     def events(self, path: str, **params: Any) -> Iterator[ServerEvent]:
         """Server-sent events until the server ends the stream or sends ``[DONE]``."""
         headers = {"Accept": "text/event-stream"}
         with self._open("GET", path, params=params, headers=headers) as response:
-            yield from _server_events(_lines(response))
+            yield from read_events(read_lines(response))
 
     def download(self, path: str, target: Path, *, accept: str | None = None, **params: Any) -> int:
         """Write the body of ``path`` to ``target``, all or nothing; returns its size in bytes."""
@@ -184,7 +154,7 @@ class Client:
         with self._open("GET", path, params=params, headers=headers) as response:
             try:
                 with partial.open("wb") as file:
-                    for chunk in _chunks(response):
+                    for chunk in read_chunks(response):
                         size += file.write(chunk)
                 partial.replace(target)
             finally:
@@ -208,7 +178,7 @@ class Client:
         with self._open(
             "POST", "/v1/files", raw=lambda: _form(head, content, tail), headers=headers
         ) as response:
-            return _object(_body(response))
+            return read_object(read_body(response))
 
     # --- transport ----------------------------------------------------------------------------
 
@@ -222,7 +192,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
     ) -> Json:
         with self._open(method, path, body=body, params=params, headers=headers) as response:
-            return _object(_body(response))
+            return read_object(read_body(response))
 
     @contextmanager
     def _open(
@@ -252,8 +222,8 @@ class Client:
                 if response.status < 400:
                     yield response
                     return
-                delay_s = _retry_after(response)
-                error = _error_from(response.status, _try_object(_body(response)))
+                delay_s = retry_after(response)
+                error = error_from(response.status, read_object_or_text(read_body(response)))
             finally:
                 connection.close()
             if error.status not in BUSY_STATUS or remaining <= 0:
@@ -299,99 +269,6 @@ def _query(params: Mapping[str, Any] | None) -> str:
         if value is not None
     }
     return f"?{urlencode(given)}" if given else ""
-
-
-def _retry_after(response: HTTPResponse) -> float:
-    try:
-        return min(30.0, max(0.1, float(response.getheader("Retry-After") or 1.0)))
-    except ValueError:
-        return 1.0
-
-
-def _error_from(status: int, body: Json) -> ApiError:
-    error = body.get("error")
-    if not isinstance(error, dict):
-        message = str(error or body.get("message") or "no error envelope")
-        return ApiError(status, message, body=body)
-    known = {name: error.get(name) for name in ("type", "param", "code")}
-    return ApiError(status, str(error.get("message") or "no message"), **known, body=body)
-
-
-def _object(data: bytes) -> Json:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise UnreachableError("the server's answer is not JSON") from error
-    if not isinstance(value, dict):
-        raise UnreachableError("the server's answer is not a JSON object")
-    return value
-
-
-def _try_object(data: bytes) -> Json:
-    try:
-        value = json.loads(data)
-    except ValueError:
-        return {"message": data[:200].decode("utf-8", "replace")}
-    return value if isinstance(value, dict) else {}
-
-
-def _chunks(response: HTTPResponse) -> Iterator[bytes]:
-    """Pieces of the body as they arrive; a body that ends early raises ``UnreachableError``.
-
-    ``HTTPResponse.readline`` would hide the early end of a chunked body; ``read1`` reports it.
-    """
-    while True:
-        try:
-            chunk = response.read1(CHUNK_BYTES)
-        except (OSError, HTTPException) as cause:
-            message = f"the connection broke inside an answer: {type(cause).__name__}"
-            raise UnreachableError(message) from cause
-        if not chunk:
-            break
-        yield chunk
-    if response.length:
-        raise UnreachableError("the connection broke inside an answer")
-
-
-def _body(response: HTTPResponse) -> bytes:
-    return b"".join(_chunks(response))
-
-
-def _lines(response: HTTPResponse) -> Iterator[bytes]:
-    pending = b""
-    for chunk in _chunks(response):
-        *complete, pending = (pending + chunk).split(b"\n")
-        yield from complete
-    if pending:
-        yield pending
-
-
-def _server_events(lines: Iterable[bytes]) -> Iterator[ServerEvent]:
-    name, identifier, data = "message", None, list[str]()
-    for raw in lines:
-        line = raw.decode("utf-8").rstrip("\r")
-        field, _, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if not line:
-            if data:
-                text = "\n".join(data)
-                if text == "[DONE]":
-                    return
-                yield ServerEvent(name, _decoded(text), identifier)
-            name, data = "message", []
-        elif field == "event":
-            name = value
-        elif field == "data":
-            data.append(value)
-        elif field == "id":
-            identifier = value
-
-
-def _decoded(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _form(head: bytes, content: bytes | Path, tail: bytes) -> Iterator[bytes]:

@@ -25,7 +25,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-from mora_serve.client import Client, UnreachableError
+from mora_serve.answers import UnreachableError
+from mora_serve.client import Client
 from mora_serve.errors import MoraError
 from mora_serve.jobs import JobFollower, describe_event, fetch_results, job_body
 from mora_serve.report import write_report

@@ -30,7 +30,8 @@ from typing import Any, Self
 
 from pydantic import SecretStr
 
-from mora_serve.client import Client, UnreachableError
+from mora_serve.answers import UnreachableError
+from mora_serve.client import Client
 from mora_serve.config import ENV_CONFIG, Settings, dump_settings
 from mora_serve.errors import MoraError
 from mora_serve.processes import Child, StopSignals, adopt_orphans, reap_adopted

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+from mora_serve.answers import ApiError
 from mora_serve.calibration import Calibrator
-from mora_serve.client import ApiError, Client
+from mora_serve.client import Client
 from mora_serve.errors import MoraError
 from mora_serve.evaluation import Answer, PromptSample, VersionSample
 from mora_serve.types import Dimension

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mora_serve.client import ApiError, Client, ServerEvent, UnreachableError
+from mora_serve.answers import ApiError, ServerEvent, UnreachableError
+from mora_serve.client import Client
 from mora_serve.errors import MoraError
 from mora_serve.free_ports import free_port
 from tests.unit.cli.server import Answer, Seen, Server, error, ndjson, sse
