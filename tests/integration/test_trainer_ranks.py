@@ -27,10 +27,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         port = probe.getsockname()[1]
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "tests.integration.gloo_worker", str(model), str(folder)]
+    # What would keep TRL from reporting without our doing.
+    quiet = {
+        "HF_HUB_DISABLE_TELEMETRY",
+        "DISABLE_TELEMETRY",
+        "HF_HUB_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+    }
+    env = {name: value for name, value in os.environ.items() if name not in quiet}
     started = [
-        subprocess.Popen(
-            command, env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
+        subprocess.Popen(command, env={**env, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
     assert [process.wait(timeout=240) for process in started] == [0, 0]

@@ -158,6 +158,20 @@ def test_watch_collects_adopted_zombies_and_leaves_statuses_to_who_waits(tmp_pat
     child.stop(20.0)
 
 
+def test_a_child_keeps_its_status_until_nobody_has_asked_for_a_period() -> None:
+    waited, left = (
+        subprocess.Popen([sys.executable, "-S", "-c", "raise SystemExit(3)"]) for _ in range(2)
+    )
+    for child in (waited, left):
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    ended = processes._reap_unclaimed(set())
+    assert {waited.pid, left.pid} <= ended
+    assert waited.wait() == 3
+    assert left.pid not in processes._reap_unclaimed({left.pid})
+    assert not Path(f"/proc/{left.pid}").exists()
+    left.wait()
+
+
 def test_watch_does_nothing_in_a_process_that_nobody_supervises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
